@@ -1,0 +1,1 @@
+//! Accepts connections within bounds: handshakes, caps, pauses.

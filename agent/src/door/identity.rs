@@ -1,0 +1,1 @@
+//! Who calls: from the certificate or from the socket; and which role may make which call.

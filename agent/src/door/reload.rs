@@ -1,0 +1,1 @@
+//! Certificates that change while the agent runs.

@@ -1,0 +1,1 @@
+//! AgentService over sessions and their supervisors.

@@ -1,0 +1,1 @@
+//! Starts supervisors, finds those of an earlier agent, speaks with them.

@@ -1,0 +1,1 @@
+//! Blobs and archives on their way in and out.

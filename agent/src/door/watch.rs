@@ -1,0 +1,1 @@
+//! Events and logs of tasks for those who watch, read from disk.

@@ -1,0 +1,1 @@
+//! Facts about this host: name, kernel, addresses, capabilities, load.

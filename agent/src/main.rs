@@ -1,0 +1,3 @@
+//! The `millstream-agent` program: arguments, tracing, run, exit code.
+
+fn main() {}

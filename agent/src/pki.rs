@@ -1,0 +1,1 @@
+//! A private certificate authority and short-lived certificates with roles.

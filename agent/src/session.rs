@@ -1,0 +1,1 @@
+//! Leases, epochs, exclusivity: who may touch what. Pure.

@@ -1,0 +1,1 @@
+//! Content-addressed files that controllers have shipped.

@@ -1,0 +1,1 @@
+//! Spawns, signals and reaps the processes of a task.

@@ -1,0 +1,1 @@
+//! FIFO of one stream as handed over by the controller. Pure.

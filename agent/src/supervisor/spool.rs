@@ -1,0 +1,1 @@
+//! Output on disk in records, read from any offset.

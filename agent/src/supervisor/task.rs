@@ -1,0 +1,1 @@
+//! Life of one task: queued, staged, running(phase), ending, finished. Pure.

@@ -1,0 +1,1 @@
+//! Frames between the door and a supervisor.

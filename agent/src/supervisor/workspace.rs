@@ -1,0 +1,1 @@
+//! Directories of one task: make, fill, seal, pack, remove.

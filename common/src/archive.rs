@@ -1,0 +1,1 @@
+//! Archives of results: tar out, tar in; nothing can leave its directory.

@@ -1,0 +1,1 @@
+//! A byte pipe that gRPC can be served on and dialled through.

@@ -1,0 +1,1 @@
+//! Barriers and topics over a Unix socket, as a block uses them.

@@ -1,0 +1,99 @@
+//! Text from blocks and peers, made safe to show. Pure.
+//!
+//! What a block prints may hold terminal escapes, control characters and broken UTF-8. Files keep it byte for byte;
+//! whatever is *shown*, in a status, an error or a log line, passes through here.
+
+/// At most `limit` bytes of `bytes` as printable text: broken UTF-8 becomes U+FFFD, control characters are escaped, and a
+/// cut is marked by `…`.
+#[must_use]
+pub fn printable(bytes: &[u8], limit: usize) -> String {
+    let mut out = String::new();
+    for c in String::from_utf8_lossy(bytes).chars() {
+        let before = out.len();
+        match c {
+            '\t' => out.push(' '),
+            c if c.is_control() || is_direction_override(c) => out.extend(c.escape_default()),
+            c => out.push(c),
+        }
+        if out.len() > limit {
+            out.truncate(before);
+            out.push('…');
+            break;
+        }
+    }
+    out
+}
+
+/// Characters that reorder what stands around them: they can make a line say something else than it holds.
+fn is_direction_override(c: char) -> bool {
+    matches!(c, '\u{202A}'..='\u{202E}' | '\u{2066}'..='\u{2069}')
+}
+
+/// `1 task`, `2 tasks`: a count with its noun.
+#[must_use]
+pub fn counted(count: usize, noun: &str) -> String {
+    if count == 1 { format!("1 {noun}") } else { format!("{count} {noun}s") }
+}
+
+/// A duration as people say it: `0.2 s`, `12 s`, `3 min 20 s`, `2 h 5 min`.
+#[must_use]
+pub fn spoken(duration: std::time::Duration) -> String {
+    let seconds = duration.as_secs();
+    match seconds {
+        0..10 => format!("{:.1} s", duration.as_secs_f64()),
+        10..60 => format!("{seconds} s"),
+        60..3600 => format!("{} min {} s", seconds / 60, seconds % 60),
+        _ => format!("{} h {} min", seconds / 3600, seconds % 3600 / 60),
+    }
+}
+
+/// The word of `words` that is nearest to `word`, if any is near enough to be what was meant.
+#[must_use]
+pub fn nearest<'a>(word: &str, words: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
+    words
+        .into_iter()
+        .map(|candidate| (distance(word, candidate), candidate))
+        .filter(|&(distance, candidate)| distance <= 1 + candidate.chars().count() / 4)
+        .min_by_key(|&(distance, _)| distance)
+        .map(|(_, candidate)| candidate)
+}
+
+/// Edit distance with insertions, deletions and substitutions.
+fn distance(a: &str, b: &str) -> usize {
+    let b: Vec<char> = b.chars().collect();
+    let mut row: Vec<usize> = (0..=b.len()).collect();
+    for (i, x) in a.chars().enumerate() {
+        let mut diagonal = row[0];
+        row[0] = i + 1;
+        for (j, &y) in b.iter().enumerate() {
+            let substituted = diagonal + usize::from(x != y);
+            diagonal = row[j + 1];
+            row[j + 1] = substituted.min(diagonal + 1).min(row[j] + 1);
+        }
+    }
+    row[b.len()]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn escapes_and_broken_text_are_made_visible() {
+        assert_eq!(printable(b"\x1b[31mred\xff\n", 100), "\\u{1b}[31mred\u{fffd}\\n");
+    }
+
+    #[test]
+    fn a_cut_is_marked() {
+        assert_eq!(printable(b"abcdef", 3), "abc…");
+        assert_eq!(printable(b"abc", 3), "abc");
+    }
+
+    #[test]
+    fn the_nearest_word_is_found_only_when_it_is_near() {
+        let words = ["timeout", "image", "host"];
+        assert_eq!(nearest("timout", words), Some("timeout"));
+        assert_eq!(nearest("hots", words), Some("host"));
+        assert_eq!(nearest("zebra", words), None);
+    }
+}

@@ -1,0 +1,1 @@
+//! PEM files to TLS configurations, identities and roles.

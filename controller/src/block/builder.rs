@@ -1,0 +1,1 @@
+//! What every block can be given: parameters, environment, limits, files.

@@ -1,0 +1,1 @@
+//! Shell text, argument vectors, scripts and Python.

@@ -1,0 +1,1 @@
+//! A block becomes the one primitive that agents know.

@@ -1,0 +1,1 @@
+//! Rust functions of this binary as blocks.

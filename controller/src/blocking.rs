@@ -1,0 +1,1 @@
+//! The same API for tests without an async runtime.

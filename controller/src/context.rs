@@ -1,0 +1,1 @@
+//! What a Rust block finds inside its own process.

@@ -1,0 +1,1 @@
+//! Stream definitions from data. Pure.

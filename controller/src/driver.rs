@@ -1,0 +1,1 @@
+//! The one loop of the controller: select, feed the machines, perform their actions.

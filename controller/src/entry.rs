@@ -1,0 +1,1 @@
+//! Lets a test binary or an example be agent and payload.

@@ -1,0 +1,1 @@
+//! One session on one agent: connect, back off, resume, renew.

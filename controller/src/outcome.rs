@@ -1,0 +1,1 @@
+//! What came of a task, with where and for whom: a complete value.

@@ -1,0 +1,1 @@
+//! The parameter tree and its paths. Pure.

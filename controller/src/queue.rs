@@ -1,0 +1,1 @@
+//! One stream's FIFO and the window of tasks handed over. Pure.

@@ -1,0 +1,1 @@
+//! A child of the test on this machine; nothing to install.

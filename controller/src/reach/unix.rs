@@ -1,0 +1,1 @@
+//! A Unix socket of an agent on this machine.

@@ -1,0 +1,6 @@
+//! Results on disk.
+
+pub mod layout;
+pub mod report;
+pub mod timeline;
+pub mod writer;

@@ -1,0 +1,1 @@
+//! test.json, stream.json, result.json and the sentence a failed test ends with.

@@ -1,0 +1,1 @@
+//! Times of many hosts on the controller's clock. Pure.

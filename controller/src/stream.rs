@@ -1,0 +1,1 @@
+//! One named place where blocks run, one after another.

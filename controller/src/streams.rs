@@ -1,0 +1,1 @@
+//! The collection of streams: what a test opens, waits for and closes.

@@ -1,0 +1,1 @@
+//! One barrier and its generations. Pure.

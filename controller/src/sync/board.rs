@@ -1,0 +1,1 @@
+//! All barriers, topics and parties of one scope: the machine behind the service. Pure.

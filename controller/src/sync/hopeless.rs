@@ -1,0 +1,1 @@
+//! Which barriers can no longer be met, and why. Pure.

@@ -1,0 +1,1 @@
+//! Calls of blocks that arrive as frames on an agent's connection.

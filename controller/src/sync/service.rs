@@ -1,0 +1,1 @@
+//! SyncService over the board.

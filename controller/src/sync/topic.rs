@@ -1,0 +1,1 @@
+//! One topic: an append-only list. Pure.

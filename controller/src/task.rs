@@ -1,0 +1,1 @@
+//! A block that was scheduled: its handle and its outcome.

@@ -1,0 +1,1 @@
+//! Every defined stream with its host and addresses, as blocks see it.
