@@ -1,3 +1,5 @@
 //! The `millstream-agent` program: arguments, tracing, run, exit code.
 
-fn main() {}
+fn main() -> std::process::ExitCode {
+    millstream_agent::entry::dispatch().unwrap_or_default()
+}

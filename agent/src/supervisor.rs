@@ -10,3 +10,10 @@ pub mod spool;
 pub mod task;
 pub mod wire;
 pub mod workspace;
+
+use std::{ffi::OsString, process::ExitCode};
+
+/// The role `supervisor`.
+pub(crate) fn main(_arguments: Vec<OsString>) -> ExitCode {
+    ExitCode::FAILURE
+}
