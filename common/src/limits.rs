@@ -131,6 +131,10 @@ pub const INLINE_FILES_BYTES_MAX: usize = 512 * KIB;
 pub const ARGV_BYTES_MAX: usize = 128 * KIB;
 /// Variables of one task.
 pub const ENVIRONMENT_COUNT_MAX: usize = 4_096;
+/// Name of one variable.
+pub const ENVIRONMENT_NAME_BYTES_MAX: usize = 255;
+/// Name of a user of a host; the kernel has no limit, the usual tools stop at 32.
+pub const USER_NAME_BYTES_MAX: usize = 256;
 /// Value of one variable.
 pub const ENVIRONMENT_VALUE_BYTES_MAX: usize = 128 * KIB;
 /// One blob.
@@ -148,6 +152,10 @@ pub const LOG_INLINE_BYTES_MAX: u64 = 64 * 1024;
 pub const LAST_LINES_COUNT: usize = 10;
 /// One such line.
 pub const LAST_LINE_BYTES_MAX: usize = 256;
+/// Processes that had to be ended after the last phase and are named in the terminal record.
+pub const LEAKED_COUNT_MAX: usize = 64;
+/// Entries of the output directory that were left out of the archive and are named in the terminal record.
+pub const SKIPPED_COUNT_MAX: usize = 64;
 /// One line as a watcher gets it; longer ones are cut into pieces of this size.
 pub const LINE_BYTES_MAX: usize = 64 * KIB;
 /// Archive that travels with the terminal record.

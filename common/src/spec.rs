@@ -131,7 +131,7 @@ pub enum FileSource {
     Inline(Bytes),
     /// Something that exists on the host: a symbolic link is made to it. Absolute.
     HostPath(String),
-    /// Target of a symbolic link inside the place.
+    /// A symbolic link to this path of the same place; relative to the place, not to the link.
     Link(SafePath),
 }
 
