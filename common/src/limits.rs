@@ -64,6 +64,8 @@ pub const HTTP2_CONNECTION_WINDOW_BYTES: u32 = 16 * 1024 * 1024;
 pub const HTTP2_CALLS_MAX: u32 = 1_024;
 /// HTTP/2 resets that a peer may provoke before its connection is ended; the library's default is no limit.
 pub const HTTP2_LOCAL_RESETS_MAX: usize = 1_024;
+/// HTTP/2 calls that a peer may reset before we have taken them in; more ends its connection.
+pub const HTTP2_PENDING_RESETS_MAX: usize = 20;
 /// HTTP/2 headers of one call.
 pub const HTTP2_HEADERS_BYTES_MAX: u32 = 16 * 1024;
 /// How often a silent connection is asked whether it lives, and how long it may think about it.
