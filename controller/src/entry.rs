@@ -1,1 +1,173 @@
-//! Lets a test binary or an example be agent and payload.
+//! How this program becomes agent and payload: the entry in a test binary or in a `main`, and the role of a block.
+//!
+//! The roles of the agent are its own; this room adds the one that calls a registered function. A program without an
+//! entry is told which line to add, before anything is started.
+
+use std::{
+    ffi::OsString,
+    io::{self, Write as _},
+    panic::{AssertUnwindSafe, catch_unwind},
+    process::ExitCode,
+    sync::{
+        OnceLock,
+        atomic::{AtomicBool, Ordering},
+    },
+};
+
+use millstream_agent::entry::{ROLE_VARIABLE, Relaunch, dispatch_and_exit};
+
+use crate::{
+    block::{
+        function::{Arguments, Function},
+        payload::ARGUMENTS_VARIABLE,
+    },
+    context::BlockContext,
+};
+
+/// Lets a test binary be its own agent and the payload of its own Rust blocks. Write it once, at the top of the file.
+///
+/// It adds an ignored test that returns at once, unless this program has been started to do something for another test.
+/// A program with a `main` of its own calls [`enter`](crate::enter) there instead; in such a program this does nothing.
+#[macro_export]
+macro_rules! entry {
+    () => {
+        #[cfg(test)]
+        #[test]
+        #[ignore = "lets this binary be agent and payload of its own tests"]
+        #[doc(hidden)]
+        fn __millstream_entry() {
+            $crate::__private::enter_test();
+        }
+
+        #[cfg(test)]
+        const _: () = {
+            // Does not compile where a test harness would not find the function above.
+            const _: fn() = self::__millstream_entry;
+
+            #[$crate::__private::linkme::distributed_slice($crate::__private::ENTRIES)]
+            #[linkme(crate = $crate::__private::linkme)]
+            static MODULE: &str = ::core::module_path!();
+        };
+    };
+}
+
+/// Modules that have an `entry!()`.
+#[linkme::distributed_slice]
+pub static ENTRIES: [&'static str];
+
+/// Whether `main` has called [`enter`].
+static ENTERED: AtomicBool = AtomicBool::new(false);
+
+/// First line of a `main` that opens streams: lets the program be its own agent and the payload of its own Rust blocks.
+///
+/// Returns at once in an ordinary run. In a process that was started to do something for another, it does that and ends
+/// the process.
+pub fn enter() {
+    ENTERED.store(true, Ordering::Relaxed);
+    dispatch_and_exit(Some(run_block));
+}
+
+/// What the hidden test of [`entry!`](crate::entry) does.
+#[doc(hidden)]
+pub fn enter_test() {
+    dispatch_and_exit(Some(run_block));
+}
+
+/// Why this program cannot be started again.
+#[derive(Debug, Clone, thiserror::Error)]
+#[non_exhaustive]
+pub enum EntryError {
+    /// No entry.
+    #[error(
+        "nothing lets this program be started as an agent or a block: add the line `millstream::entry!();` to the test file, or call `millstream::enter()` first in its `main`"
+    )]
+    NoEntry,
+    /// This very process was started for another and went past its entry.
+    #[error(
+        "this program was started as `{role}` but did other things first: call `millstream::enter()` in the first line of its `main`"
+    )]
+    Missed {
+        /// The role.
+        role: String,
+    },
+    /// The program cannot be found.
+    #[error("the path of this program cannot be told: {reason}")]
+    Program {
+        /// What the system said.
+        reason: String,
+    },
+}
+
+/// How to start this program again.
+///
+/// # Errors
+/// When nothing in it would notice why it was started.
+pub(crate) fn relaunch() -> Result<Relaunch, EntryError> {
+    if let Some(role) = std::env::var_os(ROLE_VARIABLE) {
+        return Err(EntryError::Missed { role: role.to_string_lossy().into_owned() });
+    }
+    static PROGRAM: OnceLock<Result<std::path::PathBuf, EntryError>> = OnceLock::new();
+    let program = PROGRAM.get_or_init(|| {
+        std::env::current_exe().map_err(|error| EntryError::Program { reason: error.to_string() })
+    });
+    let program = program.clone()?;
+    if ENTERED.load(Ordering::Relaxed) {
+        return Ok(Relaunch::of_program(program));
+    }
+    let module = ENTRIES.first().ok_or(EntryError::NoEntry)?;
+    // Names of tests do not begin with the crate, module paths do.
+    let test = match module.split_once("::") {
+        Some((_, inner)) => format!("{inner}::__millstream_entry"),
+        None => "__millstream_entry".to_owned(),
+    };
+    Ok(Relaunch::of_test_binary(program, &test))
+}
+
+/// Exit code of a block that could not be called.
+const EXIT_UNUSABLE: u8 = 125;
+/// Exit code of a block that panicked: what a Rust program has by itself.
+const EXIT_PANICKED: u8 = 101;
+
+/// Calls one registered function, in a process that was started for it.
+fn run_block(arguments: Vec<OsString>) -> ExitCode {
+    let code = match prepare(&arguments) {
+        Err(message) => {
+            complain(&format!("error: {message}"));
+            EXIT_UNUSABLE
+        }
+        // The context outlives a panic only to be dropped.
+        Ok((function, mut context, arguments)) => {
+            match catch_unwind(AssertUnwindSafe(|| (function.run)(&mut context, arguments))) {
+                Ok(Ok(())) => 0,
+                Ok(Err(failure)) => {
+                    complain(&format!("error: {failure}"));
+                    1
+                }
+                // The message and its place were printed when it panicked.
+                Err(_) => EXIT_PANICKED,
+            }
+        }
+    };
+    let _flushed: io::Result<()> = io::stdout().flush();
+    ExitCode::from(code)
+}
+
+fn prepare(arguments: &[OsString]) -> Result<(&'static Function, BlockContext, Arguments), String> {
+    let key = arguments.first().and_then(|key| key.to_str()).ok_or("no block was named")?;
+    let function = Function::find(key).ok_or_else(|| {
+        format!("this program has no block `{key}`: it is not the one that the controller runs")
+    })?;
+    let context = BlockContext::from_environment().map_err(|error| error.to_string())?;
+    let path = std::env::var_os(ARGUMENTS_VARIABLE)
+        .ok_or_else(|| format!("the environment lacks {ARGUMENTS_VARIABLE}"))?;
+    let text = std::fs::read_to_string(&path)
+        .map_err(|error| format!("the arguments in `{}` cannot be read: {error}", path.display()))?;
+    let arguments = Arguments::parse(&text)
+        .map_err(|error| format!("the arguments in `{}` cannot be read: {error}", path.display()))?;
+    Ok((function, context, arguments))
+}
+
+/// Standard error may be closed; then there is nobody to tell.
+fn complain(message: &str) {
+    let _told: io::Result<()> = writeln!(io::stderr(), "{message}");
+}

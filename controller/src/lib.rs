@@ -18,3 +18,20 @@ pub mod streams;
 pub mod sync;
 pub mod task;
 pub mod topology;
+
+pub use block::function::{BlockFailure, BlockResult};
+pub use block::{Block, BlockError, Command, exec, python, script, shell};
+pub use context::{BlockContext, ContextError};
+pub use entry::{EntryError, enter};
+pub use millstream_common::spec::ResourceLimits;
+
+/// What the macros of this crate expand to. Not for users: it may change at any time.
+#[doc(hidden)]
+pub mod __private {
+    pub use linkme;
+
+    pub use crate::{
+        block::function::{Arguments, BlockReturn, Call, FUNCTIONS, Function},
+        entry::{ENTRIES, enter_test},
+    };
+}
