@@ -66,6 +66,20 @@ impl fmt::Display for OutcomeKind {
     }
 }
 
+impl OutcomeKind {
+    /// Whether such an end is an expected one.
+    #[must_use]
+    pub fn is_expected(self, expectation: Expectation) -> bool {
+        match (expectation, self) {
+            (_, Self::Stopped | Self::Cancelled) => true,
+            (_, Self::Error | Self::Lost) => false,
+            (Expectation::Any, _) | (Expectation::Pass, Self::Passed) => true,
+            (Expectation::Pass, _) | (Expectation::Fail, Self::Passed) => false,
+            (Expectation::Fail, _) => true,
+        }
+    }
+}
+
 macro_rules! reasons {
     ($($(#[$doc:meta])* $variant:ident = $word:literal,)*) => {
         /// Why a task ended as it did: one closed list for hosts, controllers and broken barriers.
@@ -301,13 +315,7 @@ impl TaskEnd {
     /// Whether this end is an expected one.
     #[must_use]
     pub fn is_expected(&self, expectation: Expectation) -> bool {
-        match (expectation, self.outcome) {
-            (_, OutcomeKind::Stopped | OutcomeKind::Cancelled) => true,
-            (_, OutcomeKind::Error | OutcomeKind::Lost) => false,
-            (Expectation::Any, _) | (Expectation::Pass, OutcomeKind::Passed) => true,
-            (Expectation::Pass, _) | (Expectation::Fail, OutcomeKind::Passed) => false,
-            (Expectation::Fail, _) => true,
-        }
+        self.outcome.is_expected(expectation)
     }
 }
 

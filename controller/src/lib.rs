@@ -35,3 +35,5 @@ pub mod __private {
         entry::{ENTRIES, enter_test},
     };
 }
+pub use error::{Error, Result, UnexpectedEnd};
+pub use outcome::{CausedBy, Failure, FailureReport, Outcome, Report};
