@@ -1,1 +1,318 @@
 //! FIFO of one stream as handed over by the controller. Pure.
+//!
+//! ```text
+//! added -> waiting -- its turn --> current -- ended --> gone
+//!             |                                           |
+//!             +-- withdrawn, drained, closed --> gone     +-- next one's turn
+//! ```
+//!
+//! A task's turn comes when the task before it has ended, and never sooner: nothing of it that a user wrote runs before
+//! then. While one runs, the one behind it may have its files put in place. Time alone changes nothing here. It starts
+//! nothing, and does not know what a task is.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Instant,
+};
+
+use millstream_common::id::TaskId;
+
+/// What happened.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Event {
+    /// A task was handed over. A task that is known already changes nothing.
+    Added {
+        /// The task.
+        task: TaskId,
+        /// Its number in the stream: lower numbers go first among those that wait.
+        number: u32,
+    },
+    /// A waiting task was taken back and needs no turn any more. One that does not wait changes nothing.
+    Withdrawn {
+        /// The task.
+        task: TaskId,
+    },
+    /// The task whose turn it was has ended, with all that belongs to it. Any other task changes nothing.
+    Ended {
+        /// The task.
+        task: TaskId,
+        /// Whether it ended unexpectedly in a stream that is then drained.
+        drains: bool,
+    },
+    /// The session is over: no turn comes any more.
+    Closed,
+}
+
+/// What is to be done.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Action {
+    /// Put the task's files in place, ahead of its turn.
+    Prepare(TaskId),
+    /// It is the task's turn.
+    Begin(TaskId),
+    /// Cancel the task: the one named ended unexpectedly.
+    Drain {
+        /// The task to cancel.
+        task: TaskId,
+        /// The task that ended.
+        after: TaskId,
+    },
+}
+
+/// The tasks of one stream that have not ended.
+#[derive(Debug, Default)]
+pub(crate) struct Queue {
+    /// By number, then by arrival: two tasks with one number keep the order in which they came.
+    waiting: BTreeMap<(u32, u64), TaskId>,
+    /// Those that were prepared ahead of their turn.
+    prepared: BTreeSet<TaskId>,
+    current: Option<TaskId>,
+    arrivals: u64,
+    closed: bool,
+}
+
+impl Queue {
+    /// Takes in one event. Never blocks and never reads a clock.
+    pub(crate) fn handle(&mut self, event: Event, _now: Instant, actions: &mut Vec<Action>) {
+        match event {
+            Event::Added { task, number } => self.add(task, number),
+            Event::Withdrawn { task } => self.withdraw(task),
+            Event::Ended { task, drains } if self.current == Some(task) => {
+                self.current = None;
+                if drains {
+                    self.drain(task, actions);
+                }
+            }
+            Event::Ended { .. } => {}
+            Event::Closed => self.closed = true,
+        }
+        self.advance(actions);
+        #[cfg(test)]
+        self.assert_invariants();
+    }
+
+    /// The next moment at which time alone changes something: never.
+    #[cfg(test)]
+    #[expect(clippy::unused_self, reason = "every machine has this question")]
+    pub(crate) fn next_deadline(&self) -> Option<Instant> {
+        None
+    }
+
+    /// The task whose turn it is.
+    pub(crate) fn current(&self) -> Option<TaskId> {
+        self.current
+    }
+
+    /// How many wait before `task`, the current one included; none when it does not wait.
+    pub(crate) fn ahead_of(&self, task: TaskId) -> Option<usize> {
+        let place = self.waiting.values().position(|&waiting| waiting == task)?;
+        Some(place + usize::from(self.current.is_some()))
+    }
+
+    /// Whether no task of the stream is left.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.waiting.is_empty() && self.current.is_none()
+    }
+
+    fn add(&mut self, task: TaskId, number: u32) {
+        let known = self.current == Some(task) || self.waiting.values().any(|&waiting| waiting == task);
+        if !known && !self.closed {
+            self.waiting.insert((number, self.arrivals), task);
+            self.arrivals += 1;
+        }
+    }
+
+    fn withdraw(&mut self, task: TaskId) {
+        self.waiting.retain(|_, waiting| *waiting != task);
+        self.prepared.remove(&task);
+    }
+
+    fn drain(&mut self, after: TaskId, actions: &mut Vec<Action>) {
+        self.prepared.clear();
+        let drained = std::mem::take(&mut self.waiting);
+        actions.extend(drained.into_values().map(|task| Action::Drain { task, after }));
+    }
+
+    fn advance(&mut self, actions: &mut Vec<Action>) {
+        if self.closed {
+            return;
+        }
+        if self.current.is_none()
+            && let Some((_, task)) = self.waiting.pop_first()
+        {
+            self.prepared.remove(&task);
+            self.current = Some(task);
+            actions.push(Action::Begin(task));
+        }
+        if let Some((_, &next)) = self.waiting.first_key_value()
+            && self.prepared.insert(next)
+        {
+            actions.push(Action::Prepare(next));
+        }
+    }
+
+    #[cfg(test)]
+    fn assert_invariants(&self) {
+        let waiting: BTreeSet<TaskId> = self.waiting.values().copied().collect();
+        assert_eq!(waiting.len(), self.waiting.len(), "a task waits once");
+        assert!(self.current.is_none_or(|current| !waiting.contains(&current)), "who runs does not wait");
+        assert!(self.prepared.is_subset(&waiting), "only who waits is prepared ahead");
+        let rests = self.current.is_none() && !self.waiting.is_empty();
+        assert!(!rests || self.closed, "nobody waits for nothing");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use expect_test::{Expect, expect};
+    use millstream_common::clock::{Clock as _, SystemClock};
+    use proptest::prelude::*;
+    use uuid::Uuid;
+
+    use super::*;
+
+    fn task(letter: char) -> TaskId {
+        TaskId::from_uuid(Uuid::from_u128(u128::from(u32::from(letter))))
+    }
+
+    fn letter(task: TaskId) -> char {
+        char::from_u32(u32::try_from(task.uuid().as_u128()).unwrap()).unwrap()
+    }
+
+    fn add(letter: char, number: u32) -> Event {
+        Event::Added { task: task(letter), number }
+    }
+
+    fn end(letter: char) -> Event {
+        Event::Ended { task: task(letter), drains: false }
+    }
+
+    fn check(events: &[Event], transcript: &Expect) {
+        let (mut queue, now, mut lines) = (Queue::default(), SystemClock.now().into_std(), String::new());
+        for event in events {
+            let mut actions = Vec::new();
+            queue.handle(event.clone(), now, &mut actions);
+            for action in actions {
+                lines += &match action {
+                    Action::Prepare(task) => format!("prepare {}\n", letter(task)),
+                    Action::Begin(task) => format!("begin {}\n", letter(task)),
+                    Action::Drain { task, after } => {
+                        format!("drain {} after {}\n", letter(task), letter(after))
+                    }
+                };
+            }
+            assert_eq!(queue.next_deadline(), None);
+        }
+        transcript.assert_eq(&lines);
+    }
+
+    #[test]
+    fn one_runs_and_the_next_is_prepared() {
+        check(
+            &[add('a', 1), add('b', 2), add('c', 3), end('a'), end('b'), end('c')],
+            &expect![[r"
+                begin a
+                prepare b
+                begin b
+                prepare c
+                begin c
+            "]],
+        );
+    }
+
+    #[test]
+    fn numbers_decide_among_those_that_wait() {
+        check(
+            &[add('a', 1), add('c', 3), add('b', 2), end('a'), end('b')],
+            &expect![[r"
+                begin a
+                prepare c
+                prepare b
+                begin b
+                begin c
+            "]],
+        );
+    }
+
+    #[test]
+    fn a_stream_that_drains_cancels_all_who_wait_and_takes_new_ones() {
+        let failed = Event::Ended { task: task('a'), drains: true };
+        check(
+            &[add('a', 1), add('b', 2), add('c', 3), failed, add('d', 4)],
+            &expect![[r"
+                begin a
+                prepare b
+                drain b after a
+                drain c after a
+                begin d
+            "]],
+        );
+    }
+
+    #[test]
+    fn repeats_and_strangers_change_nothing() {
+        check(
+            &[add('a', 1), add('a', 1), end('x'), Event::Withdrawn { task: task('x') }, end('a'), end('a')],
+            &expect![[r"
+                begin a
+            "]],
+        );
+    }
+
+    #[test]
+    fn who_was_withdrawn_gets_no_turn() {
+        let withdrawn = Event::Withdrawn { task: task('b') };
+        check(
+            &[add('a', 1), add('b', 2), withdrawn, end('a'), add('c', 3)],
+            &expect![[r"
+                begin a
+                prepare b
+                begin c
+            "]],
+        );
+    }
+
+    #[test]
+    fn nobody_begins_in_a_closed_session() {
+        check(
+            &[add('a', 1), add('b', 2), Event::Closed, end('a'), add('c', 3)],
+            &expect![[r"
+                begin a
+                prepare b
+            "]],
+        );
+    }
+
+    fn any_event() -> impl Strategy<Value = Event> {
+        let any_task = || prop::sample::select(vec!['a', 'b', 'c', 'd', 'e', 'f']).prop_map(task);
+        prop_oneof![
+            4 => (any_task(), 1_u32..5).prop_map(|(task, number)| Event::Added { task, number }),
+            1 => any_task().prop_map(|task| Event::Withdrawn { task }),
+            4 => (any_task(), prop::bool::weighted(0.2)).prop_map(|(task, drains)| Event::Ended { task, drains }),
+            1 => prop::bool::weighted(0.05)
+                .prop_map(|closes| if closes { Event::Closed } else { Event::Withdrawn { task: task('z') } }),
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn one_task_at_a_time_whatever_happens(events in prop::collection::vec(any_event(), 0..60)) {
+            let (mut queue, now) = (Queue::default(), SystemClock.now().into_std());
+            let mut running = None;
+            for event in events {
+                if let Event::Ended { task, .. } = event && running == Some(task) {
+                    running = None;
+                }
+                let mut actions = Vec::new();
+                queue.handle(event, now, &mut actions);
+                for action in actions {
+                    if let Action::Begin(task) = action {
+                        prop_assert_eq!(running, None, "two tasks at once");
+                        running = Some(task);
+                    }
+                }
+                prop_assert_eq!(running, queue.current());
+            }
+        }
+    }
+}
