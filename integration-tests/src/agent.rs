@@ -1,0 +1,180 @@
+//! One running agent: the real program with its configuration file, its certificate and its state directory.
+
+use std::{
+    fs,
+    net::{Ipv4Addr, SocketAddrV4},
+    os::unix::net::UnixDatagram,
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    time::Duration,
+};
+
+use crate::{authority::Certificate, namespace::Namespace, processes, tools, wait::wait_until_true};
+
+/// The port that agents listen on unless their configuration says otherwise.
+pub const PORT: u16 = 7433;
+/// From starting an agent to its word that it is ready. It takes milliseconds; a loaded machine gets time.
+const READY_MAX: Duration = Duration::from_secs(20);
+/// From asking an agent to end to its end.
+const END_MAX: Duration = Duration::from_secs(20);
+
+/// A running agent. Dropping it kills it; what it has left running ends with its namespace.
+#[derive(Debug)]
+pub struct Agent {
+    child: Child,
+    address: SocketAddrV4,
+    directory: PathBuf,
+}
+
+impl Agent {
+    /// Starts an agent in a namespace and returns when it says that it is ready.
+    ///
+    /// # Panics
+    /// When it does not start; the message has its log.
+    #[must_use]
+    pub fn start(place: &Namespace, address: Ipv4Addr, tls: &Certificate, directory: &Path) -> Self {
+        fs::create_dir_all(directory).expect("the lab's directory can be written");
+        let address = SocketAddrV4::new(address, PORT);
+        fs::write(directory.join("agent.yaml"), configuration(address, tls, directory))
+            .expect("the lab's directory can be written");
+        let child = launch(place, directory);
+        Self { child, address, directory: directory.to_path_buf() }
+    }
+
+    /// Where it is dialled.
+    #[must_use]
+    pub fn address(&self) -> SocketAddrV4 {
+        self.address
+    }
+
+    /// What a stream definition says to reach it.
+    #[must_use]
+    pub fn url(&self) -> String {
+        format!("tls://{}", self.address)
+    }
+
+    /// Its Unix socket.
+    #[must_use]
+    pub fn socket(&self) -> PathBuf {
+        self.directory.join("agent.sock")
+    }
+
+    /// Where it keeps sessions and blobs.
+    #[must_use]
+    pub fn state(&self) -> PathBuf {
+        self.directory.join("state")
+    }
+
+    /// Its process.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Everything it has logged since it was first started.
+    #[must_use]
+    pub fn log(&self) -> String {
+        fs::read_to_string(self.directory.join("agent.log")).unwrap_or_default()
+    }
+
+    /// Kills it as a crash would, and waits until it is gone.
+    ///
+    /// # Panics
+    /// When it cannot be killed.
+    pub fn kill(&mut self) {
+        self.child.kill().expect("it is our child");
+        self.child.wait().expect("it is our child");
+    }
+
+    /// Starts it again with the same configuration and state.
+    ///
+    /// # Panics
+    /// When it does not start.
+    pub fn restart(&mut self, place: &Namespace) {
+        self.child = launch(place, &self.directory);
+    }
+
+    /// Asks it to end, as an init system does, and waits until it has.
+    ///
+    /// # Panics
+    /// When it does not end.
+    pub fn terminate(&mut self) {
+        let pid = rustix::process::Pid::from_child(&self.child);
+        rustix::process::kill_process(pid, rustix::process::Signal::TERM).expect("it is our child");
+        wait_until_true("the agent ends", END_MAX, || matches!(self.child.try_wait(), Ok(Some(_))));
+    }
+
+    /// Sessions that have a directory in its state.
+    #[must_use]
+    pub fn session_directories(&self) -> Vec<PathBuf> {
+        let entries = fs::read_dir(self.state().join("sessions")).into_iter().flatten();
+        entries.filter_map(|entry| Some(entry.ok()?.path())).collect()
+    }
+
+    /// Processes of the agent and of its supervisors.
+    #[must_use]
+    pub fn family(&self) -> Vec<u32> {
+        let mut family = vec![self.pid()];
+        family.extend(processes::children(self.pid()));
+        family
+    }
+}
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        // It may have been killed by the test already.
+        let _gone = self.child.kill();
+        let _reaped = self.child.wait();
+    }
+}
+
+fn configuration(address: SocketAddrV4, tls: &Certificate, directory: &Path) -> String {
+    format!(
+        "listen: {address}\n\
+         unix_socket: {socket}\n\
+         state_directory: {state}\n\
+         tls:\n\
+         \x20 certificate: {certificate}\n\
+         \x20 key: {key}\n\
+         \x20 authority: {authority}\n",
+        socket = directory.join("agent.sock").display(),
+        state = directory.join("state").display(),
+        certificate = tls.certificate.display(),
+        key = tls.key.display(),
+        authority = tls.authority.display(),
+    )
+}
+
+/// Starts the program and waits for `READY=1` on its notification socket: the word an init system waits for.
+fn launch(place: &Namespace, directory: &Path) -> Child {
+    let notify = directory.join("notify.sock");
+    // Left by the launch before this one.
+    let _absent = fs::remove_file(&notify);
+    let socket = UnixDatagram::bind(&notify).expect("a socket can be bound in the lab's directory");
+    socket.set_read_timeout(Some(READY_MAX)).expect("not zero");
+    let log = fs::OpenOptions::new()
+        .create(true)
+        .append(true)
+        .open(directory.join("agent.log"))
+        .expect("the lab's directory can be written");
+    let mut command = Command::new(tools::agent_program());
+    command
+        .args(["serve", "--config"])
+        .arg(directory.join("agent.yaml"))
+        .env("NOTIFY_SOCKET", &notify)
+        .stdin(Stdio::null())
+        .stdout(log.try_clone().expect("a file can be shared"))
+        .stderr(log);
+    let child = place.spawn(&mut command).expect("the agent's program can be started");
+    let mut word = [0; 256];
+    loop {
+        match socket.recv(&mut word) {
+            Ok(length) if word[..length].starts_with(b"READY=1") => return child,
+            Ok(_) => {}
+            Err(error) => panic!(
+                "the agent is not ready: {error}\n{}",
+                fs::read_to_string(directory.join("agent.log")).unwrap_or_default()
+            ),
+        }
+    }
+}
