@@ -93,6 +93,10 @@ pub const LEASE_MAX: Duration = Duration::from_secs(24 * 3600);
 pub const EXPIRED_RESULTS_KEPT: Duration = Duration::from_secs(600);
 /// Sessions of one agent.
 pub const SESSIONS_COUNT_MAX: usize = 256;
+/// How long the agent keeps the call of a controller that waits for a reserved host before it answers who holds it.
+pub const OPEN_WAIT_MAX: Duration = Duration::from_secs(5);
+/// How long a place in the line of waiting controllers is kept between two calls.
+pub const OPEN_PLACE_KEPT: Duration = Duration::from_secs(10);
 /// Tasks of one session that are not released.
 pub const SESSION_TASKS_COUNT_MAX: usize = 16_384;
 /// Tasks of one stream that the controller hands over ahead of the running one. With 50 ms between the two ends and
