@@ -399,7 +399,9 @@ impl Sessions {
             Event::LeaseExpired { session_id } => self.expire(session_id),
             Event::Settled { session_id } => self.settle(session_id),
             Event::Closing { session_id } => {
-                if let Some(session) = self.sessions.get_mut(&session_id) {
+                // One that has settled stands in nobody's way and must not come to.
+                let session = self.sessions.get_mut(&session_id);
+                if let Some(session) = session.filter(|session| session.stage != Stage::Settled) {
                     session.stage = Stage::Closing;
                 }
             }
@@ -450,7 +452,7 @@ impl Sessions {
         if over && access == Access::Change {
             return Err(match session.stage {
                 Stage::Closing => KeyRefusal::Ended,
-                _ => KeyRefusal::Expired { lease: session.lease },
+                Stage::Open | Stage::Expired | Stage::Settled => KeyRefusal::Expired { lease: session.lease },
             });
         }
         Ok(session)
