@@ -24,6 +24,7 @@ pub use block::{Block, BlockError, Command, exec, python, script, shell};
 pub use context::{BlockContext, ContextError};
 pub use entry::{EntryError, enter};
 pub use millstream_common::spec::ResourceLimits;
+pub use results::{Layout, WriteResultsError};
 
 /// What the macros of this crate expand to. Not for users: it may change at any time.
 #[doc(hidden)]
