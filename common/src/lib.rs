@@ -7,6 +7,7 @@
 pub mod archive;
 pub mod clock;
 pub mod convert;
+pub mod framing;
 pub mod id;
 pub mod limits;
 pub mod log;

@@ -46,6 +46,17 @@ pub const TOPICS_BYTES_MAX: usize = 64 * MIB;
 /// Topics of one scope.
 pub const TOPICS_COUNT_MAX: usize = 100_000;
 
+/// Values of a topic, or parties of a barrier, in one answer: with its envelope it fits in [`RELAY_MESSAGE_BYTES_MAX`].
+pub const SYNC_ANSWER_BYTES_MAX: usize = 768 * KIB;
+/// Parties that are all listed to each other at a release; of more, only those are listed that brought a payload: the
+/// list goes to everybody, so that its cost grows with the square.
+pub const BARRIER_ROLL_PARTIES_MAX: usize = 64;
+
+/// Tasks that a barrier still misses, as far as they are listed.
+pub const MISSING_LISTED_COUNT_MAX: usize = 64;
+/// Parties of one barrier that are listed on the board: 100,000 would not fit in one answer.
+pub const ARRIVALS_LISTED_COUNT_MAX: usize = 1_024;
+
 /// One gRPC message of a control call.
 pub const CONTROL_MESSAGE_BYTES_MAX: usize = 2 * MIB;
 /// One gRPC message of a bulk call: a chunk and its envelope.
@@ -179,6 +190,14 @@ pub const ARCHIVE_BYTES_MAX: u64 = 64 * GIB;
 /// The whiteboard of a task.
 pub const WHITEBOARD_BYTES_MAX: u64 = MIB as u64;
 
+/// One message of a relayed call.
+pub const RELAY_MESSAGE_BYTES_MAX: usize = MIB;
+/// Messages of all relayed calls of one session that are kept for a repeat, or wait for a block that reads slowly.
+pub const RELAY_KEPT_BYTES_MAX: usize = 64 * MIB;
+/// Messages that wait for one block that reads slowly, before its call is ended.
+pub const RELAY_UNREAD_BYTES_MAX: usize = 4 * MIB;
+/// Connections of one task to its socket.
+pub const RELAY_CONNECTIONS_COUNT_MAX: usize = 1_024;
 /// Relayed calls of one session at once.
 pub const RELAY_CALLS_COUNT_MAX: usize = 16_384;
 /// Frames that wait for the relay of one session. Each is at most one message of [`CONTROL_MESSAGE_BYTES_MAX`].
