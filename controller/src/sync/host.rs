@@ -1,1 +1,740 @@
-//! Owns the board: feeds it, performs what it orders, answers those who wait.
+//! The host of one scope's barriers and topics: one board behind one lock, a wake-up for each call that waits, and one
+//! timer for all of them.
+//!
+//! It asks the clock, numbers the calls, feeds the board and tells each waiting call its answer; nothing is decided
+//! here and nothing polls. Handles are cheap to clone; the last one that is dropped ends the timer.
+
+use std::{
+    collections::HashMap,
+    net::SocketAddr,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError, Weak,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use bytes::Bytes;
+use millstream_common::{
+    clock::World,
+    id::{BarrierName, TaskId, TopicName},
+    limits,
+    sync_client::{Party, Released},
+};
+use millstream_proto::v1;
+use serde::Serialize;
+use tokio::{
+    runtime::Handle,
+    sync::{Notify, mpsc, oneshot},
+};
+use tokio_stream::Stream;
+use tokio_util::sync::CancellationToken;
+
+use super::{
+    CallId, Culprit, Refusal, Speaker,
+    barrier::{Barrier, Decided},
+    board::{Action, Answer, Board, Event, Request},
+    port::{self, ListenError},
+    relay, story,
+    topic::{Content, Topics, Value},
+};
+
+pub use super::board::{SpeakerLabel, TaskFate};
+
+/// A handle to the barriers and topics of one scope.
+#[derive(Debug, Clone)]
+pub struct SyncHost {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    world: World,
+    calls: AtomicU64,
+    inner: Mutex<Inner>,
+    timer: Arc<Notify>,
+    over: CancellationToken,
+}
+
+#[derive(Debug, Default)]
+struct Inner {
+    board: Board,
+    waiters: HashMap<CallId, oneshot::Sender<Answer>>,
+    readers: HashMap<TopicName, Arc<Notify>>,
+    /// When the timer will wake up by itself.
+    armed: Option<Instant>,
+    /// Kept between turns so that a turn allocates nothing.
+    actions: Vec<Action>,
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        self.over.cancel();
+    }
+}
+
+/// A connection that calls came through: whether it was lost tells a caller that gave up from one that may return.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Line {
+    down: Arc<AtomicBool>,
+}
+
+impl Line {
+    /// Says that the connection is lost. Before the calls on it are dropped.
+    pub(crate) fn lose(&self) {
+        self.down.store(true, Ordering::Release);
+    }
+
+    fn is_down(&self) -> bool {
+        self.down.load(Ordering::Acquire)
+    }
+}
+
+/// Why main, or whoever else asked for it, did not pass a barrier.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum EnterError {
+    /// The meeting broke.
+    #[error("{message}")]
+    Broken {
+        /// Who broke it, where, why, and how long was waited.
+        message: String,
+        /// Who it was, if it was one.
+        culprit: Option<Culprit>,
+    },
+    /// The entry cannot be.
+    #[error("barrier `{name}` was not entered")]
+    Refused {
+        /// The barrier.
+        name: BarrierName,
+        /// Why.
+        #[source]
+        source: Refusal,
+    },
+    /// The test is over.
+    #[error("barrier `{name}` was not entered: the test is over")]
+    Over {
+        /// The barrier.
+        name: BarrierName,
+    },
+}
+
+/// Why a value was not published.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum PublishError {
+    /// The value cannot be taken.
+    #[error("nothing was published to topic `{topic}`")]
+    Refused {
+        /// The topic.
+        topic: TopicName,
+        /// Why.
+        #[source]
+        source: Refusal,
+    },
+    /// The test is over.
+    #[error("nothing was published to topic `{topic}`: the test is over")]
+    Over {
+        /// The topic.
+        topic: TopicName,
+    },
+}
+
+/// Why a wait for values ended without them.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum AwaitError {
+    /// Patience ended.
+    #[error("{0}")]
+    TimedOut(String),
+    /// Nobody is left who could publish.
+    #[error("{0}")]
+    GivenUp(String),
+    /// It cannot be waited for.
+    #[error("topic `{topic}` was not waited for")]
+    Refused {
+        /// The topic.
+        topic: TopicName,
+        /// Why.
+        #[source]
+        source: Refusal,
+    },
+    /// The test is over.
+    #[error("topic `{topic}` was not waited for: the test is over")]
+    Over {
+        /// The topic.
+        topic: TopicName,
+    },
+}
+
+impl SyncHost {
+    /// An empty board, with its timer on the given runtime.
+    #[must_use]
+    pub fn new(world: World, runtime: &Handle) -> Self {
+        let timer = Arc::new(Notify::new());
+        let over = CancellationToken::new();
+        let shared = Arc::new(Shared {
+            world,
+            calls: AtomicU64::new(1),
+            inner: Mutex::new(Inner::default()),
+            timer: timer.clone(),
+            over: over.clone(),
+        });
+        let host = Arc::downgrade(&shared);
+        // Ends when the last handle is dropped; nobody waits for it.
+        drop(runtime.spawn(async move {
+            tokio::select! {
+                () = over.cancelled() => {}
+                () = keep_time(host, timer) => {}
+            }
+        }));
+        Self { shared }
+    }
+
+    /// A task was put behind the others of its stream. `joins` are the only barriers it takes part in; none: any.
+    pub fn task_scheduled(
+        &self,
+        task: TaskId,
+        label: SpeakerLabel,
+        joins: Option<Vec<BarrierName>>,
+        group_size: Option<u32>,
+    ) {
+        self.tell(Event::TaskScheduled { task, label, joins, group_size });
+    }
+
+    /// A task does something else now: one line for people, such as `runs its setup`.
+    pub fn task_progress(&self, task: TaskId, text: impl Into<String>) {
+        self.tell(Event::TaskProgressed { task, text: text.into() });
+    }
+
+    /// A task ended. Its parties break what they waited for, and what can no longer be met ends.
+    pub fn task_ended(&self, task: TaskId, fate: TaskFate) {
+        self.tell(Event::TaskEnded { task, fate });
+    }
+
+    /// The host of these tasks does not answer: their parties count as entered until it does, or until they end.
+    pub fn session_suspended(&self, tasks: &[TaskId]) {
+        self.tell(Event::SessionSuspended { tasks: tasks.to_vec() });
+    }
+
+    /// It answers again: their parties have the reconnection grace to come back.
+    pub fn session_resumed(&self, tasks: &[TaskId]) {
+        self.tell(Event::SessionResumed { tasks: tasks.to_vec() });
+    }
+
+    /// Main is inside `wait`, `join` or `close`, or has left it: inside, it sends nobody.
+    pub fn main_waiting(&self, waiting: bool) {
+        self.tell(Event::MainWaited { waiting });
+    }
+
+    /// Main will still send somebody to these barriers, whatever happens.
+    pub fn main_declared(&self, names: Vec<BarrierName>) {
+        self.tell(Event::MainDeclared { names });
+    }
+
+    /// Main takes part in a barrier like any stream. Without `parties`, what those who wait already have said counts.
+    ///
+    /// # Errors
+    /// When the meeting broke, or could not be entered.
+    ///
+    /// # Cancel safety
+    /// Dropping the future takes main back, which breaks the meeting.
+    pub async fn enter_as_main(
+        &self,
+        name: BarrierName,
+        parties: Option<u32>,
+        timeout: Duration,
+        payload: Bytes,
+    ) -> Result<Released, EnterError> {
+        let timeout = timeout.min(limits::WAIT_MAX);
+        let barrier = name.clone();
+        let request = Request::Enter { barrier, parties, timeout, token: None, payload, display_name: None };
+        match self.ask(Speaker::Main, request, None).await {
+            Some(Answer::Released { decided, arrival }) => Ok(released(&decided, arrival)),
+            Some(Answer::Broken { decided, arrival }) => Err(EnterError::Broken {
+                message: story::broken(&decided, arrival),
+                culprit: decided.as_break().and_then(|cause| cause.culprit.clone()),
+            }),
+            Some(Answer::Refused(source)) => Err(EnterError::Refused { name, source }),
+            _ => Err(EnterError::Over { name }),
+        }
+    }
+
+    /// Main breaks a barrier with a reason.
+    pub fn abort_as_main(&self, barrier: BarrierName, reason: impl Into<String>) {
+        self.command(Request::Abort { barrier, reason: reason.into() });
+    }
+
+    /// Main makes a broken barrier usable again.
+    pub fn reset_as_main(&self, barrier: BarrierName) {
+        self.command(Request::Reset { barrier });
+    }
+
+    /// Main publishes a value and learns its index.
+    ///
+    /// # Errors
+    /// When the topic or the value is too large.
+    pub fn publish_as_main(&self, topic: TopicName, content: Content) -> Result<u64, PublishError> {
+        match self.command(Request::Publish { topic: topic.clone(), content, token: None }) {
+            Some(Answer::Indexed(index)) => Ok(index),
+            Some(Answer::Refused(source)) => Err(PublishError::Refused { topic, source }),
+            _ => Err(PublishError::Over { topic }),
+        }
+    }
+
+    /// Main waits for the first `count` values of a topic.
+    ///
+    /// # Errors
+    /// When they did not come in time, or nobody is left who could publish them.
+    ///
+    /// # Cancel safety
+    /// Dropping the future takes the wait back.
+    pub async fn wait_as_main(
+        &self,
+        topic: TopicName,
+        count: u64,
+        timeout: Duration,
+    ) -> Result<Vec<Arc<Value>>, AwaitError> {
+        let timeout = timeout.min(limits::WAIT_MAX);
+        let request = Request::Await { topic: topic.clone(), count: count.max(1), timeout };
+        match self.ask(Speaker::Main, request, None).await {
+            Some(Answer::Values(values)) => Ok(values),
+            Some(Answer::TimedOut(told)) => Err(AwaitError::TimedOut(told)),
+            Some(Answer::GivenUp(told)) => Err(AwaitError::GivenUp(told)),
+            Some(Answer::Refused(source)) => Err(AwaitError::Refused { topic, source }),
+            _ => Err(AwaitError::Over { topic }),
+        }
+    }
+
+    /// The values of a topic from an index on, and those that come later.
+    #[must_use]
+    pub fn subscribe_as_main(&self, topic: TopicName, from: u64) -> Subscription {
+        self.subscribe(topic, from)
+    }
+
+    /// Who broke the barrier that this task was told to be broken last; none if it was the task itself, or nobody.
+    #[must_use]
+    pub fn broken_by(&self, task: TaskId) -> Option<Culprit> {
+        self.lock().board.broken_by(task).cloned()
+    }
+
+    /// Every decided meeting and every topic, for the results.
+    #[must_use]
+    pub fn records(&self) -> SyncRecords {
+        let (now, wall_ns) = (self.now(), self.shared.world.clock.wall_ns());
+        let to_wall = |at: Instant| {
+            let ago = now.saturating_duration_since(at).as_nanos();
+            wall_ns.saturating_sub(u64::try_from(ago).unwrap_or(u64::MAX))
+        };
+        let inner = self.lock();
+        let barriers = inner.board.records().iter().map(|record| BarrierRecord {
+            name: record.name.clone(),
+            generation: record.generation,
+            parties: record.parties,
+            decided_time_ns: to_wall(record.decided),
+            released: record.broken.is_none(),
+            broken: record.broken.clone(),
+            culprit: record.culprit.as_ref().map(|culprit| culprit.label.to_string()),
+            culprit_task: record.culprit.as_ref().and_then(Culprit::task),
+            last: record.waits.last().map(|wait| wait.label.to_string()),
+            by_hand: record.by_hand.clone(),
+            waits: record
+                .waits
+                .iter()
+                .map(|wait| WaitRecord {
+                    party: wait.label.to_string(),
+                    task: match wait.speaker {
+                        Speaker::Task(task) => Some(task),
+                        Speaker::Main | Speaker::ByHand => None,
+                    },
+                    by_hand: wait.speaker == Speaker::ByHand,
+                    entered_time_ns: to_wall(wait.entered),
+                    waited_ns: u64::try_from(wait.waited.as_nanos()).unwrap_or(u64::MAX),
+                })
+                .collect(),
+            omitted_count: record.omitted,
+        });
+        let barriers = barriers.collect();
+        let topics = inner.board.topics().list();
+        let topics = topics
+            .map(|(name, count, size_bytes)| TopicRecord { name: name.clone(), count, size_bytes })
+            .collect();
+        SyncRecords { barriers, topics }
+    }
+
+    /// Serves one session's relay until `inbound` ends, for whatever task its agent vouches for. Returns when the last
+    /// call of it was let go.
+    pub async fn serve_relay(
+        &self,
+        inbound: impl Stream<Item = Vec<v1::RelayFrame>> + Send,
+        outbound: mpsc::Sender<Vec<v1::RelayFrame>>,
+    ) {
+        self.serve_relay_of(|_| true, inbound, outbound).await;
+    }
+
+    /// The same for the tasks that `speaks_for` says are this session's: an agent cannot speak for another's tasks.
+    pub async fn serve_relay_of(
+        &self,
+        speaks_for: impl Fn(TaskId) -> bool + Send,
+        inbound: impl Stream<Item = Vec<v1::RelayFrame>> + Send,
+        outbound: mpsc::Sender<Vec<v1::RelayFrame>>,
+    ) {
+        relay::serve(self.clone(), speaks_for, inbound, outbound).await;
+    }
+
+    /// Opens the debugging port: the same service on a loopback address, for people. Whatever is done there is marked
+    /// "by hand". It is served until the last handle is dropped.
+    ///
+    /// # Errors
+    /// When the address is not a loopback address, or cannot be listened on.
+    pub async fn listen(&self, address: SocketAddr) -> Result<SocketAddr, ListenError> {
+        port::listen(self, address).await
+    }
+
+    /// Asks for something that may have to be waited for. None: the board is gone.
+    pub(crate) async fn ask(
+        &self,
+        speaker: Speaker,
+        request: Request,
+        line: Option<&Line>,
+    ) -> Option<Answer> {
+        let call = self.next_call();
+        let waiting = match self.turn(Event::Asked { call, speaker, request }, Some(call)) {
+            Turn::Answered(answer) => return Some(answer),
+            Turn::Waits(waiting) => waiting,
+            Turn::Nothing => return None,
+        };
+        let mut guard = Guard { host: self, call, line, armed: true };
+        let answer = waiting.await.ok();
+        guard.armed = false;
+        answer
+    }
+
+    /// Asks for something that is answered at once.
+    fn command(&self, request: Request) -> Option<Answer> {
+        let call = self.next_call();
+        match self.turn(Event::Asked { call, speaker: Speaker::Main, request }, Some(call)) {
+            Turn::Answered(answer) => Some(answer),
+            Turn::Waits(_) | Turn::Nothing => None,
+        }
+    }
+
+    pub(crate) fn subscribe(&self, topic: TopicName, from: u64) -> Subscription {
+        let grown = self.lock().readers.entry(topic.clone()).or_default().clone();
+        Subscription { host: self.clone(), topic, next: from, grown }
+    }
+
+    /// Reads topics.
+    pub(crate) fn with_topics<T>(&self, read: impl FnOnce(&Topics) -> T) -> T {
+        read(self.lock().board.topics())
+    }
+
+    /// Reads every barrier, with who is missing.
+    pub(crate) fn with_barriers<T>(
+        &self,
+        read: impl Fn(&Barrier, Vec<String>, &dyn Fn(Instant) -> u64) -> T,
+    ) -> Vec<T> {
+        let (now, wall_ns) = (self.now(), self.shared.world.clock.wall_ns());
+        let to_wall = |at: Instant| {
+            let nanos = |d: Duration| u64::try_from(d.as_nanos()).unwrap_or(u64::MAX);
+            wall_ns
+                .saturating_sub(nanos(now.saturating_duration_since(at)))
+                .saturating_add(nanos(at.saturating_duration_since(now)))
+        };
+        let inner = self.lock();
+        inner
+            .board
+            .barriers()
+            .map(|barrier| {
+                let missing = match barrier.meeting() {
+                    Some(_) => inner.board.missing(barrier, limits::MISSING_LISTED_COUNT_MAX, now),
+                    None => Vec::new(),
+                };
+                read(barrier, missing, &to_wall)
+            })
+            .collect()
+    }
+
+    pub(crate) fn downgrade(&self) -> WeakHost {
+        WeakHost { shared: Arc::downgrade(&self.shared) }
+    }
+
+    /// Is cancelled when the last handle is dropped.
+    pub(crate) fn over(&self) -> CancellationToken {
+        self.shared.over.clone()
+    }
+
+    fn next_call(&self) -> CallId {
+        CallId(self.shared.calls.fetch_add(1, Ordering::Relaxed))
+    }
+
+    fn now(&self) -> Instant {
+        self.shared.world.clock.now().into_std()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        // A panic in the board leaves it as it was between two statements; whoever waits is better told than left.
+        self.shared.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn tell(&self, event: Event) {
+        self.turn(event, None);
+    }
+
+    /// One turn: feed the board, wake who is answered. `own` is the call that asks, and is not woken but returned.
+    fn turn(&self, event: Event, own: Option<CallId>) -> Turn {
+        let mut turn = Turn::Nothing;
+        let mut woken: Vec<(oneshot::Sender<Answer>, Answer)> = Vec::new();
+        let mut inner = self.lock();
+        // The clock is asked under the lock, so that time never goes backwards for the board.
+        let now = self.now();
+        let mut actions = std::mem::take(&mut inner.actions);
+        inner.board.handle(event, now, &mut actions);
+        for action in actions.drain(..) {
+            match action {
+                Action::Answer { call, answer } if own == Some(call) => turn = Turn::Answered(answer),
+                Action::Answer { call, answer } => {
+                    if let Some(waiter) = inner.waiters.remove(&call) {
+                        woken.push((waiter, answer));
+                    }
+                }
+                Action::Grew { topic } => {
+                    if let Some(readers) = inner.readers.get(&topic) {
+                        readers.notify_waiters();
+                    }
+                }
+            }
+        }
+        actions.shrink_to(ACTIONS_KEPT_COUNT);
+        inner.actions = actions;
+        if let (Turn::Nothing, Some(call)) = (&turn, own) {
+            let (tx, rx) = oneshot::channel();
+            inner.waiters.insert(call, tx);
+            turn = Turn::Waits(rx);
+        }
+        let next = inner.board.next_deadline();
+        let sooner = match (next, inner.armed) {
+            (Some(next), Some(armed)) => next < armed,
+            (Some(_), None) => true,
+            (None, _) => false,
+        };
+        if sooner {
+            inner.armed = next;
+            self.shared.timer.notify_one();
+        }
+        drop(inner);
+        for (waiter, answer) in woken {
+            // Whoever gave up meanwhile finds the decision on record when it comes back.
+            drop(waiter.send(answer));
+        }
+        turn
+    }
+}
+
+/// Actions whose room is kept between two turns.
+const ACTIONS_KEPT_COUNT: usize = 1_024;
+
+enum Turn {
+    Answered(Answer),
+    Waits(oneshot::Receiver<Answer>),
+    Nothing,
+}
+
+/// A handle that keeps nothing alive.
+#[derive(Debug, Clone)]
+pub(crate) struct WeakHost {
+    shared: Weak<Shared>,
+}
+
+impl WeakHost {
+    /// The host, if a handle is left.
+    pub(crate) fn upgrade(&self) -> Option<SyncHost> {
+        self.shared.upgrade().map(|shared| SyncHost { shared })
+    }
+}
+
+/// Takes a call back when its future is dropped before the answer.
+struct Guard<'a> {
+    host: &'a SyncHost,
+    call: CallId,
+    line: Option<&'a Line>,
+    armed: bool,
+}
+
+impl Drop for Guard<'_> {
+    fn drop(&mut self) {
+        if self.armed {
+            self.host.lock().waiters.remove(&self.call);
+            let link_down = self.line.is_some_and(Line::is_down);
+            self.host.tell(Event::Left { call: self.call, link_down });
+        }
+    }
+}
+
+/// The values of a topic, one batch after the other. Dropping it ends it.
+#[derive(Debug)]
+pub struct Subscription {
+    host: SyncHost,
+    topic: TopicName,
+    next: u64,
+    grown: Arc<Notify>,
+}
+
+impl Subscription {
+    /// The next values, in order: at least one.
+    ///
+    /// # Cancel safety
+    /// Nothing is lost when the future is dropped.
+    pub async fn next(&mut self) -> Vec<Arc<Value>> {
+        loop {
+            let grown = self.grown.clone();
+            let notified = grown.notified();
+            tokio::pin!(notified);
+            // Registered before looking, so that what is published in between is not missed.
+            notified.as_mut().enable();
+            let values =
+                self.host.with_topics(|t| t.values(&self.topic, self.next, limits::SYNC_ANSWER_BYTES_MAX));
+            if !values.is_empty() {
+                self.next += values.len() as u64;
+                return values;
+            }
+            notified.await;
+        }
+    }
+}
+
+impl Drop for Subscription {
+    fn drop(&mut self) {
+        let mut inner = self.host.lock();
+        // Two are left: the map's and this one's. Nobody else reads the topic.
+        if Arc::strong_count(&self.grown) <= 2 {
+            inner.readers.remove(&self.topic);
+        }
+    }
+}
+
+/// Tells the board that time has passed, when it said that this would matter.
+async fn keep_time(shared: Weak<Shared>, timer: Arc<Notify>) {
+    loop {
+        let deadline = {
+            let Some(shared) = shared.upgrade() else { return };
+            let host = SyncHost { shared };
+            let now = host.now();
+            let mut inner = host.lock();
+            let next = inner.board.next_deadline();
+            inner.armed = next;
+            drop(inner);
+            if next.is_some_and(|at| at <= now) {
+                host.tell(Event::TimePassed);
+                continue;
+            }
+            next
+        };
+        match deadline {
+            None => timer.notified().await,
+            Some(at) => {
+                let at = tokio::time::Instant::from_std(at);
+                tokio::select! {
+                    () = tokio::time::sleep_until(at) => {}
+                    () = timer.notified() => {}
+                }
+            }
+        }
+    }
+}
+
+/// What a party learns at the release.
+pub(crate) fn released(decided: &Decided, arrival: u32) -> Released {
+    Released {
+        generation: decided.meeting.generation,
+        arrival,
+        parties: roll(decided)
+            .map(|(number, party)| Party {
+                name: party.label.to_string(),
+                arrival: number,
+                payload: party.payload.clone(),
+            })
+            .collect(),
+        waited: decided.waited(arrival),
+    }
+}
+
+/// Who is listed to everybody: all, or in a large meeting those who brought something.
+pub(crate) fn roll(decided: &Decided) -> impl Iterator<Item = (u32, &super::barrier::Arrival)> {
+    let all = decided.meeting.arrivals.len() <= limits::BARRIER_ROLL_PARTIES_MAX;
+    (0..).zip(&decided.meeting.arrivals).filter(move |(_, party)| all || !party.payload.is_empty())
+}
+
+/// What came of the barriers and topics of a scope, for `test.json`.
+#[derive(Debug, Clone, Serialize)]
+pub struct SyncRecords {
+    /// Every decided meeting, in order of decision.
+    pub barriers: Vec<BarrierRecord>,
+    /// Every topic.
+    pub topics: Vec<TopicRecord>,
+}
+
+/// One decided meeting.
+#[derive(Debug, Clone, Serialize)]
+pub struct BarrierRecord {
+    /// Name of the barrier.
+    pub name: BarrierName,
+    /// Which generation, from 1.
+    pub generation: u64,
+    /// Parties it needed.
+    pub parties: u32,
+    /// When it was decided, in nanoseconds since 1970 by the controller's clock.
+    pub decided_time_ns: u64,
+    /// Whether it was released.
+    pub released: bool,
+    /// Why it broke.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub broken: Option<String>,
+    /// Who broke it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub culprit: Option<String>,
+    /// The task that broke it, when it was one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub culprit_task: Option<TaskId>,
+    /// Who came last.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub last: Option<String>,
+    /// What people did to it.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub by_hand: Vec<String>,
+    /// Every party's wait, in order of arrival.
+    pub waits: Vec<WaitRecord>,
+    /// Parties that are not listed, because too many waits are on record.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub omitted_count: usize,
+}
+
+/// One party's wait.
+#[derive(Debug, Clone, Serialize)]
+pub struct WaitRecord {
+    /// What the party is called.
+    pub party: String,
+    /// Its task, when it is one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub task: Option<TaskId>,
+    /// Whether a person entered.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub by_hand: bool,
+    /// When it came, in nanoseconds since 1970 by the controller's clock.
+    pub entered_time_ns: u64,
+    /// How long it waited, in nanoseconds.
+    pub waited_ns: u64,
+}
+
+/// One topic.
+#[derive(Debug, Clone, Serialize)]
+pub struct TopicRecord {
+    /// Its name.
+    pub name: TopicName,
+    /// Number of its values.
+    pub count: u64,
+    /// Bytes of its values.
+    pub size_bytes: u64,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde asks with a reference")]
+fn is_zero(count: &usize) -> bool {
+    *count == 0
+}

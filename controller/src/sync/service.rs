@@ -1,1 +1,406 @@
-//! SyncService over the board.
+//! `SyncService`: messages in, requests to the host, answers out. Decodes, asks, encodes; decides nothing.
+//!
+//! Who speaks is an extension that the door has put into the request; what the message says of itself is never asked.
+
+use std::{pin::Pin, sync::Arc, time::Duration};
+
+use bytes::{BufMut as _, Bytes, BytesMut};
+use millstream_common::{
+    convert,
+    id::{BarrierName, NameError, TopicName},
+    limits,
+};
+use millstream_proto::v1::{self, sync_service_server::SyncService};
+use prost::Message as _;
+use tokio_stream::Stream;
+use tonic::{Request, Response, Status};
+
+use super::{
+    Refusal, Speaker,
+    barrier::{Barrier, Connection, Decided},
+    board::{self, Answer, IMPLICIT_TOKEN},
+    host::{Line, SyncHost, WeakHost, roll},
+    story,
+    topic::{Content, Value},
+};
+
+/// Who calls, as the door says.
+#[derive(Debug, Clone)]
+pub(crate) struct Caller {
+    /// Who.
+    pub(crate) speaker: Speaker,
+    /// Through what it came, when that can break without the caller's doing.
+    pub(crate) line: Option<Line>,
+    /// The relay's number of the call: a repeat of the call has the same.
+    pub(crate) call_id: Option<u64>,
+}
+
+impl Caller {
+    /// By what a party or a publication is known again that gave no token: the repeat of its call after a broken link.
+    fn implicit_token(&self) -> Option<Arc<str>> {
+        self.call_id.map(|id| format!("{IMPLICIT_TOKEN}{id}").into())
+    }
+}
+
+/// The service of one host.
+#[derive(Debug, Clone)]
+pub(crate) struct Service {
+    host: WeakHost,
+}
+
+impl Service {
+    /// Serves a host without keeping it alive.
+    pub(crate) fn new(host: &SyncHost) -> Self {
+        Self { host: host.downgrade() }
+    }
+
+    fn host(&self) -> Result<SyncHost, Status> {
+        self.host.upgrade().ok_or_else(gone)
+    }
+
+    /// Asks the board and waits for its answer.
+    async fn ask(&self, caller: &Caller, request: board::Request) -> Result<Answer, Status> {
+        let host = self.host()?;
+        host.ask(caller.speaker, request, caller.line.as_ref()).await.ok_or_else(gone)
+    }
+
+    /// Enters a barrier: the part of [`SyncService::Enter`] that the relay shares.
+    pub(crate) async fn enter(
+        &self,
+        caller: &Caller,
+        message: v1::EnterRequest,
+    ) -> Result<(Arc<Decided>, u32), Status> {
+        let request = enter_request(caller, message)?;
+        match self.ask(caller, request).await? {
+            Answer::Released { decided, arrival } => Ok((decided, arrival)),
+            other => Err(status(other)),
+        }
+    }
+
+    /// Does what is answered with an empty message.
+    async fn command(&self, caller: &Caller, request: board::Request) -> Result<(), Status> {
+        match self.ask(caller, request).await? {
+            Answer::Done => Ok(()),
+            other => Err(status(other)),
+        }
+    }
+}
+
+/// Who speaks in a request, and its message.
+fn take<T>(request: Request<T>) -> Result<(Caller, T), Status> {
+    let (_, mut extensions, message) = request.into_parts();
+    let caller =
+        extensions.remove::<Caller>().ok_or_else(|| Status::internal("the door did not say who calls"))?;
+    Ok((caller, message))
+}
+
+#[tonic::async_trait]
+impl SyncService for Service {
+    async fn enter(&self, request: Request<v1::EnterRequest>) -> Result<Response<v1::EnterResponse>, Status> {
+        let (caller, message) = take(request)?;
+        let (decided, arrival) = Self::enter(self, &caller, message).await?;
+        Ok(Response::new(enter_response(&decided, arrival)))
+    }
+
+    async fn abort(&self, request: Request<v1::AbortRequest>) -> Result<Response<v1::AbortResponse>, Status> {
+        let (caller, v1::AbortRequest { name, reason }) = take(request)?;
+        let barrier = barrier_name(&name)?;
+        if reason.len() > limits::TEXT_BYTES_MAX || reason.contains('\n') {
+            return Err(invalid("reason", "must be one line of at most 1 KiB"));
+        }
+        let reason = millstream_common::text::printable(reason.as_bytes(), limits::TEXT_BYTES_MAX);
+        self.command(&caller, board::Request::Abort { barrier, reason }).await?;
+        Ok(Response::new(v1::AbortResponse {}))
+    }
+
+    async fn reset(&self, request: Request<v1::ResetRequest>) -> Result<Response<v1::ResetResponse>, Status> {
+        let (caller, message) = take(request)?;
+        let barrier = barrier_name(&message.name)?;
+        self.command(&caller, board::Request::Reset { barrier }).await?;
+        Ok(Response::new(v1::ResetResponse {}))
+    }
+
+    async fn hold(&self, request: Request<v1::HoldRequest>) -> Result<Response<v1::HoldResponse>, Status> {
+        let (caller, message) = take(request)?;
+        let barrier = barrier_name(&message.name)?;
+        self.command(&caller, board::Request::Hold { barrier, release: message.release }).await?;
+        Ok(Response::new(v1::HoldResponse {}))
+    }
+
+    async fn list_barriers(
+        &self,
+        request: Request<v1::ListBarriersRequest>,
+    ) -> Result<Response<v1::ListBarriersResponse>, Status> {
+        take(request)?;
+        let barriers = self.host()?.with_barriers(barrier_status);
+        Ok(Response::new(v1::ListBarriersResponse { barriers }))
+    }
+
+    async fn publish(
+        &self,
+        request: Request<v1::PublishRequest>,
+    ) -> Result<Response<v1::PublishResponse>, Status> {
+        let (caller, v1::PublishRequest { topic, text, data, publish_token }) = take(request)?;
+        let topic = topic_name(&topic)?;
+        let content = match (text.is_empty(), data.is_empty()) {
+            (_, true) => Content::Text(text),
+            (true, false) => Content::Data(data),
+            (false, false) => {
+                return Err(invalid("text", "cannot stand together with `data`: send one of them"));
+            }
+        };
+        let token = token("publish_token", publish_token)?.or_else(|| caller.implicit_token());
+        match self.ask(&caller, board::Request::Publish { topic, content, token }).await? {
+            Answer::Indexed(index) => Ok(Response::new(v1::PublishResponse { index })),
+            other => Err(status(other)),
+        }
+    }
+
+    type SubscribeStream = Pin<Box<dyn Stream<Item = Result<v1::SubscribeResponse, Status>> + Send>>;
+
+    async fn subscribe(
+        &self,
+        request: Request<v1::SubscribeRequest>,
+    ) -> Result<Response<Self::SubscribeStream>, Status> {
+        let (_, message) = take(request)?;
+        let topic = topic_name(&message.topic)?;
+        let subscription = self.host()?.subscribe(topic, message.from_index);
+        let values = futures_unfold(subscription);
+        Ok(Response::new(values))
+    }
+
+    async fn wait(&self, request: Request<v1::WaitRequest>) -> Result<Response<v1::WaitResponse>, Status> {
+        let (caller, message) = take(request)?;
+        let topic = topic_name(&message.topic)?;
+        let count = u64::from(message.count.max(1));
+        if count > limits::TOPIC_VALUES_COUNT_MAX as u64 {
+            return Err(invalid("count", "must be 1 to 100,000, or zero for 1"));
+        }
+        let timeout = patience(message.timeout.as_ref())?;
+        match self.ask(&caller, board::Request::Await { topic, count, timeout }).await? {
+            Answer::Values(values) => Ok(Response::new(v1::WaitResponse {
+                values: values.iter().map(|v| topic_value(v)).collect(),
+            })),
+            other => Err(status(other)),
+        }
+    }
+
+    async fn get(&self, request: Request<v1::GetRequest>) -> Result<Response<v1::GetResponse>, Status> {
+        let (_, message) = take(request)?;
+        let topic = topic_name(&message.topic)?;
+        let values = self
+            .host()?
+            .with_topics(|topics| topics.values(&topic, message.from_index, limits::SYNC_ANSWER_BYTES_MAX));
+        Ok(Response::new(v1::GetResponse { values: values.iter().map(|v| topic_value(v)).collect() }))
+    }
+
+    async fn list_topics(
+        &self,
+        request: Request<v1::ListTopicsRequest>,
+    ) -> Result<Response<v1::ListTopicsResponse>, Status> {
+        take(request)?;
+        let topics = self.host()?.with_topics(|topics| {
+            topics
+                .list()
+                .map(|(name, count, size_bytes)| v1::TopicStatus {
+                    name: name.to_string(),
+                    count,
+                    size_bytes,
+                })
+                .collect()
+        });
+        Ok(Response::new(v1::ListTopicsResponse { topics }))
+    }
+}
+
+/// The batches of a subscription as a stream.
+fn futures_unfold(
+    subscription: super::host::Subscription,
+) -> Pin<Box<dyn Stream<Item = Result<v1::SubscribeResponse, Status>> + Send>> {
+    Box::pin(Batches { next: None, subscription: Some(subscription) })
+}
+
+type NextBatch = Pin<Box<dyn Future<Output = (super::host::Subscription, Vec<Arc<Value>>)> + Send>>;
+
+struct Batches {
+    subscription: Option<super::host::Subscription>,
+    next: Option<NextBatch>,
+}
+
+impl Stream for Batches {
+    type Item = Result<v1::SubscribeResponse, Status>;
+
+    fn poll_next(
+        mut self: Pin<&mut Self>,
+        context: &mut std::task::Context<'_>,
+    ) -> std::task::Poll<Option<Self::Item>> {
+        if let Some(mut subscription) = self.subscription.take() {
+            self.next = Some(Box::pin(async move {
+                let values = subscription.next().await;
+                (subscription, values)
+            }));
+        }
+        let Some(next) = &mut self.next else { return std::task::Poll::Ready(None) };
+        next.as_mut().poll(context).map(|(subscription, values)| {
+            self.next = None;
+            self.subscription = Some(subscription);
+            Some(Ok(v1::SubscribeResponse { values: values.iter().map(|v| topic_value(v)).collect() }))
+        })
+    }
+}
+
+fn gone() -> Status {
+    Status::unavailable("controller gone: the test is over")
+}
+
+fn invalid(field: &'static str, problem: &str) -> Status {
+    status(Answer::Refused(Refusal::Invalid { field, problem: problem.to_owned() }))
+}
+
+fn name_error(field: &str, error: &NameError) -> Status {
+    Status::invalid_argument(format!("{field}: {error}"))
+}
+
+fn barrier_name(name: &str) -> Result<BarrierName, Status> {
+    BarrierName::new(name).map_err(|error| name_error("name", &error))
+}
+
+fn topic_name(name: &str) -> Result<TopicName, Status> {
+    TopicName::new(name).map_err(|error| name_error("topic", &error))
+}
+
+fn token(field: &'static str, token: String) -> Result<Option<Arc<str>>, Status> {
+    if token.len() > limits::TOKEN_BYTES_MAX || token.chars().any(char::is_control) {
+        return Err(invalid(field, "must have at most 64 bytes and no control characters"));
+    }
+    Ok((!token.is_empty()).then(|| token.into()))
+}
+
+fn patience(timeout: Option<&prost_types::Duration>) -> Result<Duration, Status> {
+    let Some(timeout) = timeout else { return Ok(limits::BARRIER_TIMEOUT) };
+    match Duration::try_from(*timeout) {
+        Ok(timeout) if timeout <= limits::WAIT_MAX => Ok(timeout),
+        _ => Err(invalid("timeout", "must be 0 s to 7 days")),
+    }
+}
+
+fn enter_request(caller: &Caller, message: v1::EnterRequest) -> Result<board::Request, Status> {
+    let v1::EnterRequest { name, parties, timeout, party_token, payload, display_name } = message;
+    if parties > limits::BARRIER_PARTIES_MAX {
+        return Err(invalid("parties", "must be 1 to 100,000, or zero for the size of the group"));
+    }
+    if payload.len() > limits::BARRIER_PAYLOAD_BYTES_MAX {
+        return Err(status(Answer::Refused(Refusal::Full {
+            what: format!("the payload for barrier `{name}` has {} bytes", payload.len()),
+            limit: format!("{} bytes", limits::BARRIER_PAYLOAD_BYTES_MAX),
+        })));
+    }
+    if display_name.len() > limits::TEXT_BYTES_MAX || display_name.chars().any(char::is_control) {
+        return Err(invalid("display_name", "must have at most 1 KiB and no control characters"));
+    }
+    Ok(board::Request::Enter {
+        barrier: barrier_name(&name)?,
+        parties: (parties > 0).then_some(parties),
+        timeout: patience(timeout.as_ref())?,
+        token: token("party_token", party_token)?.or_else(|| caller.implicit_token()),
+        payload,
+        display_name: (!display_name.is_empty()).then_some(display_name),
+    })
+}
+
+/// The same as a message, with the list of parties, which is the same for all of them, encoded once.
+pub(crate) fn encoded_release(decided: &Decided, arrival: u32) -> Bytes {
+    // Fields of a message may stand in any order, and repeated ones apart from each other: what differs comes first.
+    let own = v1::EnterResponse {
+        generation: decided.meeting.generation,
+        arrival,
+        parties: Vec::new(),
+        wait_duration: Some(convert::duration(decided.waited(arrival))),
+    };
+    let shared = decided.encoded.get_or_init(|| {
+        let parties = enter_response(decided, arrival).parties;
+        v1::EnterResponse { parties, ..v1::EnterResponse::default() }.encode_to_vec().into()
+    });
+    let mut message = BytesMut::with_capacity(own.encoded_len() + shared.len());
+    own.encode_raw(&mut message);
+    message.put_slice(shared);
+    message.freeze()
+}
+
+fn enter_response(decided: &Decided, arrival: u32) -> v1::EnterResponse {
+    v1::EnterResponse {
+        generation: decided.meeting.generation,
+        arrival,
+        parties: roll(decided)
+            .map(|(number, party)| v1::Party {
+                name: party.label.to_string(),
+                arrival: number,
+                payload: party.payload.clone(),
+            })
+            .collect(),
+        wait_duration: Some(convert::duration(decided.waited(arrival))),
+    }
+}
+
+fn topic_value(value: &Value) -> v1::TopicValue {
+    let (text, data) = match &value.content {
+        Content::Text(text) => (text.clone(), Bytes::new()),
+        Content::Data(data) => (String::new(), data.clone()),
+    };
+    v1::TopicValue { index: value.index, text, data, publisher: value.publisher.to_string() }
+}
+
+fn barrier_status(
+    barrier: &Barrier,
+    missing: Vec<String>,
+    to_wall: &dyn Fn(std::time::Instant) -> u64,
+) -> v1::BarrierStatus {
+    let state = match (barrier.broken().is_some(), barrier.is_held(), barrier.meeting().is_some()) {
+        (true, _, _) => "broken",
+        (false, true, _) => "held",
+        (false, false, true) => "waiting",
+        (false, false, false) => "idle",
+    };
+    let arrivals = barrier.meeting().map_or(&[][..], |meeting| &meeting.arrivals);
+    v1::BarrierStatus {
+        name: barrier.name().to_string(),
+        generation: barrier.generation(),
+        state: state.to_owned(),
+        parties: barrier.meeting().map_or(0, |meeting| meeting.parties),
+        arrivals: arrivals
+            .iter()
+            .take(limits::ARRIVALS_LISTED_COUNT_MAX)
+            .map(|arrival| v1::BarrierArrival {
+                name: arrival.label.to_string(),
+                enter_time: Some(convert::timestamp(to_wall(arrival.entered))),
+                timeout_time: Some(convert::timestamp(to_wall(arrival.deadline))),
+                connected: arrival.connection == Connection::Up,
+            })
+            .collect(),
+        missing,
+        broken: barrier.broken().map_or_else(String::new, |cause| cause.sentence.clone()),
+    }
+}
+
+/// What a caller is told instead of what it asked for: the one place where refusals become status codes.
+fn status(answer: Answer) -> Status {
+    match answer {
+        Answer::Broken { decided, arrival } => Status::aborted(story::broken(&decided, arrival)),
+        Answer::GivenUp(told) => Status::aborted(told),
+        Answer::TimedOut(told) => Status::deadline_exceeded(told),
+        Answer::Refused(refusal) => {
+            let told = refusal.to_string();
+            match refusal {
+                Refusal::Invalid { .. } => Status::invalid_argument(told),
+                Refusal::TokenTaken { .. } => Status::already_exists(told),
+                Refusal::Full { .. } => Status::resource_exhausted(told),
+                Refusal::NotForBlocks { .. } => Status::permission_denied(told),
+                Refusal::NotATask { .. } => Status::failed_precondition(told),
+                Refusal::Superseded => Status::cancelled(told),
+            }
+        }
+        Answer::Released { .. } | Answer::Indexed(_) | Answer::Values(_) | Answer::Done => {
+            Status::internal("the board answered another question")
+        }
+    }
+}
