@@ -65,18 +65,21 @@ pub fn nearest<'a>(word: &str, words: impl IntoIterator<Item = &'a str>) -> Opti
         .map(|(_, candidate)| candidate)
 }
 
-/// Edit distance with insertions, deletions and substitutions.
+/// Edit distance with insertions, deletions, substitutions and swapped neighbours.
 fn distance(a: &str, b: &str) -> usize {
-    let b: Vec<char> = b.chars().collect();
+    let (a, b): (Vec<char>, Vec<char>) = (a.chars().collect(), b.chars().collect());
+    let mut before: Vec<usize> = Vec::new();
     let mut row: Vec<usize> = (0..=b.len()).collect();
-    for (i, x) in a.chars().enumerate() {
-        let mut diagonal = row[0];
-        row[0] = i + 1;
+    for (i, &x) in a.iter().enumerate() {
+        let mut next = vec![i + 1];
         for (j, &y) in b.iter().enumerate() {
-            let substituted = diagonal + usize::from(x != y);
-            diagonal = row[j + 1];
-            row[j + 1] = substituted.min(diagonal + 1).min(row[j] + 1);
+            let mut cost = (row[j] + usize::from(x != y)).min(row[j + 1] + 1).min(next[j] + 1);
+            if i > 0 && j > 0 && x == b[j - 1] && a[i - 1] == y {
+                cost = cost.min(before[j - 1] + 1);
+            }
+            next.push(cost);
         }
+        before = std::mem::replace(&mut row, next);
     }
     row[b.len()]
 }
@@ -102,5 +105,6 @@ mod tests {
         assert_eq!(nearest("timout", words), Some("timeout"));
         assert_eq!(nearest("hots", words), Some("host"));
         assert_eq!(nearest("zebra", words), None);
+        assert_eq!(nearest("tsl", ["tls", "unix"]), Some("tls"));
     }
 }

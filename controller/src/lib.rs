@@ -22,8 +22,10 @@ pub mod topology;
 pub use block::function::{BlockFailure, BlockResult};
 pub use block::{Block, BlockError, Command, exec, python, script, shell};
 pub use context::{BlockContext, ContextError};
+pub use definition::{DefineStreamError, DefinitionFault};
 pub use entry::{EntryError, enter};
 pub use millstream_common::spec::ResourceLimits;
+pub use params::{GetParamError, Origin, Params, ReadParamsError};
 pub use results::{Layout, WriteResultsError};
 
 /// What the macros of this crate expand to. Not for users: it may change at any time.

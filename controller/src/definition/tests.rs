@@ -1,0 +1,271 @@
+//! Every form of a definition, and every fault with its place.
+
+use expect_test::{Expect, expect};
+
+use super::*;
+use crate::params::yaml;
+
+fn kinds() -> Kinds {
+    Kinds { registered: vec!["docker".to_owned()] }
+}
+
+fn shown(definitions: Result<Vec<Definition>, DefineStreamError>) -> String {
+    match definitions {
+        Err(error) => error.to_string(),
+        Ok(definitions) => {
+            let lines = definitions.iter().map(|definition| {
+                let mut line = format!("{} = {definition}", definition.name);
+                if definition.defaults != Defaults::default() {
+                    line += &format!(" {:?}", definition.defaults);
+                }
+                line
+            });
+            lines.collect::<Vec<_>>().join("\n")
+        }
+    }
+}
+
+fn check(text: &str, expected: Expect) {
+    let params = yaml::parse("lab.yaml", text).unwrap();
+    expected.assert_eq(&shown(from_params(&params, DEFAULT_PATH, &kinds())));
+}
+
+fn check_path(text: &str, path: &str, expected: Expect) {
+    let params = yaml::parse("lab.yaml", text).unwrap();
+    expected.assert_eq(&shown(from_params(&params, path, &kinds())));
+}
+
+fn check_inline(text: &str, expected: Expect) {
+    expected.assert_eq(&shown(from_inline(text, &Origin::named("MILLSTREAM_STREAMS"), &kinds())));
+}
+
+#[test]
+fn lines_and_mappings_define_streams_in_their_order() {
+    check(
+        "streams:
+  server: tls://foo.example.com:7433
+  client-1:
+    type: tls
+    host: bar.example.com
+    port: 7000
+  box:
+    type: docker
+    image: 1.10
+    create: yes
+  1: docker://create=yes,image=fedora,remove=always
+  here:
+  sock: unix:///run/a.sock?cwd=/tmp
+",
+        expect![[r#"
+            server = tls://foo.example.com:7433
+            client-1 = tls://bar.example.com?port=7000
+            box = docker?create=yes&image=1.10
+            1 = docker?create=yes&image=fedora&remove=always
+            here = local
+            sock = unix:///run/a.sock Defaults { env: {}, cwd: Some("/tmp"), user: None, timeout: None, wrap: [], limits: ResourceLimits { memory_bytes: None, pids_count: None, cpu_millis: None }, on_failure: Continue }"#]],
+    );
+}
+
+#[test]
+fn lists_define_streams_too() {
+    check(
+        "streams:\n  - tls://foo\n  - type: local\n  - server: tls://bar\n  - 7: {type: local}\n",
+        expect![[r#"
+        0 = tls://foo
+        1 = local
+        server = tls://bar
+        7 = local"#]],
+    );
+}
+
+#[test]
+fn defaults_hold_for_everything_that_runs_there() {
+    check(
+        "streams:
+  a:
+    type: local
+    env: {LANG: C, DEPTH: 010}
+    cwd: /tmp
+    user: tester
+    timeout: 2m
+    wrap: [strace, -f]
+    limits: {memory: 512M, pids: 100, cpu: 1.5}
+    on_failure: drain
+",
+        expect![[
+            r#"a = local Defaults { env: {"DEPTH": "010", "LANG": "C"}, cwd: Some("/tmp"), user: Some("tester"), timeout: Some(120s), wrap: ["strace", "-f"], limits: ResourceLimits { memory_bytes: Some(536870912), pids_count: Some(100), cpu_millis: Some(1500) }, on_failure: Drain }"#
+        ]],
+    );
+}
+
+#[test]
+fn no_streams_are_no_fault_but_a_named_place_must_exist() {
+    check("boot: {timeout: 1}", expect![""]);
+    check_path(
+        "boot: {timeout: 1}",
+        "/second/streams/*",
+        expect!["lab.yaml:1:1: there is nothing at `/second/streams/*`, where streams should be defined"],
+    );
+    check_path("second: {streams: {a: local}}", "/second/streams/*", expect!["a = local"]);
+    check_path("second: {streams: {a: local}}", "*/streams/*", expect!["a = local"]);
+    check_path(
+        "x: {streams: {a: local}}\ny: {streams: {a: local}}",
+        "*/streams/*",
+        expect!["lab.yaml:1:14: `*/streams/*` could also mean the node at lab.yaml:2:14: name the streams by their absolute path"],
+    );
+    check("streams:", expect![""]);
+    check("streams: nothing", expect!["lab.yaml:1:10: `/streams/*` should define streams: write a mapping of names, or a list"]);
+}
+
+#[test]
+fn names_are_checked_and_stand_once() {
+    check(
+        "streams: {a/b: local}",
+        expect!["lab.yaml:1:11: the stream name `a/b` has a `/` at byte 1: use letters, digits, `-`, `_` or `.`"],
+    );
+    check(
+        "streams:\n  - a: local\n  - a: local\n",
+        expect!["lab.yaml:3:5: stream `a` is defined twice, first at lab.yaml:2:5: give one another name"],
+    );
+    check(
+        "streams:\n  - 1: local\n  - local\n",
+        expect!["lab.yaml:3:5: stream `1` is defined twice, first at lab.yaml:2:5: give one another name"],
+    );
+}
+
+#[test]
+fn unknown_words_name_the_nearest() {
+    check(
+        "streams:\n  a: {type: tsl, host: x}\n",
+        expect!["lab.yaml:2:13: stream `a` has the unknown type `tsl`: did you mean `tls`? (there are `local`, `tls`, `unix`, `docker`)"],
+    );
+    check(
+        "streams:\n  a: {type: ssh, host: x}\n",
+        expect!["lab.yaml:2:13: stream `a` has the unknown type `ssh`: use one of `local`, `tls`, `unix`, `docker`"],
+    );
+    check(
+        "streams:\n  a: {type: tls, hots: x}\n",
+        expect!["lab.yaml:2:18: stream `a` has the unknown key `hots`: did you mean `host`? (there are `host`, `port`, `ca`, `certificate`, `key`, `server_name`, `type`, `env`, `cwd`, `user`, `timeout`, `wrap`, `limits`, `on_failure`, `exclusive`)"],
+    );
+    check(
+        "streams:\n  a: {type: local, zebra: x}\n",
+        expect!["lab.yaml:2:20: stream `a` has the unknown key `zebra`: use one of `type`, `env`, `cwd`, `user`, `timeout`, `wrap`, `limits`, `on_failure`, `exclusive`"],
+    );
+    check(
+        "streams:\n  a: tcp://x\n",
+        expect!["lab.yaml:2:6: stream `a` has the unknown type `tcp`: use one of `local`, `tls`, `unix`, `docker`"],
+    );
+    check(
+        "streams:\n  a: tls://x?prot=1\n",
+        expect!["lab.yaml:2:6: stream `a` has the unknown key `prot`: did you mean `port`? (there are `host`, `port`, `ca`, `certificate`, `key`, `server_name`, `type`, `env`, `cwd`, `user`, `timeout`, `wrap`, `limits`, `on_failure`, `exclusive`)"],
+    );
+    check(
+        "streams:\n  a: {type: local, limits: {memry: 1}}\n",
+        expect!["lab.yaml:2:29: stream `a` has the unknown key `limits.memry`: did you mean `limits.memory`? (there are `memory`, `pids`, `cpu`)"],
+    );
+}
+
+#[test]
+fn a_bad_definition_is_told_with_its_place() {
+    check(
+        "streams:\n  a: {host: x}\n",
+        expect!["lab.yaml:2:3: stream `a` does not say its type: add `type` with one of `local`, `tls`, `unix`, `docker`"],
+    );
+    check(
+        "streams:\n  a: {type: tls}\n",
+        expect!["lab.yaml:2:3: stream `a` of type `tls` lacks the key `host`"],
+    );
+    check(
+        "streams:\n  a: [local]\n",
+        expect!["lab.yaml:2:6: stream `a` is neither a URL, such as `tls://host:7433`, nor a mapping with `type`"],
+    );
+    check(
+        "streams:\n  a: 'foo bar'\n",
+        expect!["lab.yaml:2:6: stream `a` has the address `foo bar`: write a URL, such as `tls://host:7433`"],
+    );
+    check(
+        "streams:\n  a: tls://\n",
+        expect!["lab.yaml:2:6: stream `a` has the address `tls://`: write a host and, unless it is 7433, a port, as in `tls://host:7433`"],
+    );
+    check(
+        "streams:\n  a: local://x\n",
+        expect!["lab.yaml:2:6: stream `a` has the address `local://x`: write `local` alone: it is always this machine"],
+    );
+    check(
+        "streams:\n  a: unix://run/a.sock\n",
+        expect!["lab.yaml:2:6: stream `a` has the address `unix://run/a.sock`: write the absolute path of the agent's socket, as in `unix:///run/millstream/agent.sock`"],
+    );
+    check(
+        "streams:\n  a: tls://x?port\n",
+        expect!["lab.yaml:2:6: stream `a` has the address `tls://x?port`: write its keys as `key=value`"],
+    );
+    check(
+        "streams:\n  a: {type: local, timeout: soon}\n",
+        expect!["lab.yaml:2:29: `timeout` of stream `a` is `soon`: write a duration such as `30s`, `2m`, `1h30m`, or a number of seconds"],
+    );
+    check(
+        "streams:\n  a: {type: local, timeout: 8d}\n",
+        expect!["lab.yaml:2:29: `timeout` of stream `a` is `8d`: write a duration of more than nothing and at most 7 days"],
+    );
+    check(
+        "streams:\n  a: {type: local, on_failure: stop}\n",
+        expect!["lab.yaml:2:32: `on_failure` of stream `a` is `stop`: write `continue` or `drain`"],
+    );
+    check(
+        "streams:\n  a: {type: local, exclusive: maybe}\n",
+        expect!["lab.yaml:2:31: `exclusive` of stream `a` is `maybe`: write `yes` or `no`"],
+    );
+    check(
+        "streams:\n  a: {type: local, env: [A]}\n",
+        expect!["lab.yaml:2:25: `env` of stream `a` is `[…]`: write a mapping of names to texts"],
+    );
+    check(
+        "streams:\n  a: {type: local, limits: {memory: lots}}\n",
+        expect!["lab.yaml:2:37: `limits.memory` of stream `a` is `lots`: write a size such as `512M`, `2G`, or bytes"],
+    );
+    check("streams:\n  a: {type: unix, path: a.sock}\n", expect!["lab.yaml:2:3: `path` of stream `a` is `a.sock`: write the absolute path of the agent's socket, as in `unix:///run/millstream/agent.sock`"]);
+    check(
+        "streams:\n  a: {type: [local]}\n",
+        expect!["lab.yaml:2:13: `type` of stream `a` is `[…]`: write a text"],
+    );
+}
+
+#[test]
+fn one_text_can_define_several() {
+    check_inline(
+        "server=tls://foo:7433, client=local",
+        expect![[r#"
+        server = tls://foo:7433
+        client = local"#]],
+    );
+    check_inline(
+        "box=docker://create=yes,image=fedora,a=local",
+        expect![[r#"
+        box = docker?create=yes&image=fedora
+        a = local"#]],
+    );
+    check_inline(
+        "server",
+        expect!["MILLSTREAM_STREAMS: `server` is no stream definition: write `name=url`, several with commas, or the path of a YAML file"],
+    );
+    check_inline(
+        "a=local,a=local",
+        expect!["MILLSTREAM_STREAMS: stream `a` is defined twice, first at MILLSTREAM_STREAMS: give one another name"],
+    );
+    check_inline(
+        "a=tsl://x",
+        expect!["MILLSTREAM_STREAMS: stream `a` has the unknown type `tsl`: did you mean `tls`? (there are `local`, `tls`, `unix`, `docker`)"],
+    );
+    check_inline(
+        "=local",
+        expect!["MILLSTREAM_STREAMS: the stream name is empty: give it at least one character"],
+    );
+}
+
+#[test]
+fn what_looks_like_a_secret_is_not_shown() {
+    check(
+        "streams:\n  a: {type: docker, image: x, password: hunter2}\n",
+        expect!["a = docker?image=x&password=…"],
+    );
+}
