@@ -17,3 +17,4 @@ pub mod spec;
 pub mod sync_client;
 pub mod text;
 pub mod tls;
+pub mod tree;
