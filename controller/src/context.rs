@@ -3,15 +3,21 @@
 //! Everything comes from the environment that the host made for the block; nothing here knows how it got there.
 
 use std::{
-    cell::OnceCell,
     env, fmt,
     fs::{self, OpenOptions},
     io::{self, Write as _},
+    panic,
     path::{Path, PathBuf},
+    sync::OnceLock,
+    thread,
+    time::Duration,
 };
 
-use millstream_common::id::{IdError, NameError, StreamName, TaskId};
-use serde::de::DeserializeOwned;
+use millstream_common::{
+    id::{IdError, NameError, StreamName, TaskId},
+    sync_client::{Content, Entry, Released, SyncError, TopicValue, blocking::SyncClient},
+};
+use serde::{Serialize, de::DeserializeOwned};
 use serde_json::{Map, Value};
 
 /// Handed to a function with `#[millstream::block]` as its first argument, when it wants one.
@@ -24,7 +30,8 @@ pub struct BlockContext {
     whiteboard: PathBuf,
     parameters_file: PathBuf,
     topology_file: PathBuf,
-    parameters: OnceCell<Map<String, Value>>,
+    parameters: OnceLock<Map<String, Value>>,
+    sync: OnceLock<SyncClient>,
 }
 
 /// Why a block cannot see or tell something.
@@ -82,6 +89,33 @@ pub enum ContextError {
         #[source]
         source: serde_json::Error,
     },
+    /// A barrier broke, or a topic could not be used: the message says by whom, where and why.
+    #[error(transparent)]
+    Sync(#[from] SyncError),
+    /// A value cannot be published.
+    #[error("the value for topic `{topic}` cannot be written as JSON")]
+    Publish {
+        /// The topic.
+        topic: String,
+        /// Why not.
+        #[source]
+        source: serde_json::Error,
+    },
+    /// A published value has another type.
+    #[error("value {index} of topic `{topic}`, published by {publisher}, cannot be read as `{type_name}`")]
+    Value {
+        /// The topic.
+        topic: String,
+        /// Its place in the topic.
+        index: u64,
+        /// Who published it.
+        publisher: String,
+        /// The type that was wanted.
+        type_name: &'static str,
+        /// Why not.
+        #[source]
+        source: serde_json::Error,
+    },
 }
 
 fn offered(near: Option<&str>) -> String {
@@ -109,7 +143,8 @@ impl BlockContext {
             whiteboard: variable("MILLSTREAM_WHITEBOARD")?,
             parameters_file: variable("MILLSTREAM_PARAMS")?,
             topology_file: variable("MILLSTREAM_TOPOLOGY")?,
-            parameters: OnceCell::new(),
+            parameters: OnceLock::new(),
+            sync: OnceLock::new(),
         })
     }
 
@@ -175,6 +210,113 @@ impl BlockContext {
         Ok(self.parameters.get_or_init(|| parameters))
     }
 
+    /// Waits until `parties` have entered the barrier, this block included; at most 60 s.
+    ///
+    /// # Errors
+    /// When the meeting broke: the message says by whom, where and why.
+    pub fn barrier(&self, name: &str, parties: usize) -> Result<Released, ContextError> {
+        let parties = Some(u32::try_from(parties).unwrap_or(u32::MAX));
+        self.barrier_with(name, Entry { parties, ..Entry::default() })
+    }
+
+    /// Enters a barrier with a payload for the others, another patience, or as many parties as the group has.
+    ///
+    /// # Errors
+    /// When the meeting broke: the message says by whom, where and why.
+    pub fn barrier_with(&self, name: &str, entry: Entry) -> Result<Released, ContextError> {
+        self.call(|sync| sync.barrier(name, entry))
+    }
+
+    /// Breaks a barrier with a reason, for everybody.
+    ///
+    /// # Errors
+    /// When the name or the reason cannot be.
+    pub fn abort(&self, name: &str, reason: &str) -> Result<(), ContextError> {
+        self.call(|sync| sync.abort(name, reason))
+    }
+
+    /// Appends a value to a topic and tells its index, from 0: a rank that nobody else gets. A text is published as it
+    /// is, everything else as JSON.
+    ///
+    /// # Errors
+    /// When the topic is full, or the value too large or no JSON.
+    pub fn publish(&self, topic: &str, value: impl Serialize) -> Result<u64, ContextError> {
+        let value = serde_json::to_value(value);
+        let value = value.map_err(|source| ContextError::Publish { topic: topic.to_owned(), source })?;
+        let text = match value {
+            Value::String(text) => text,
+            other => other.to_string(),
+        };
+        self.call(|sync| sync.publish(topic, text))
+    }
+
+    /// Waits until a topic has `count` values, at most 60 s, and gives the first `count`.
+    ///
+    /// # Errors
+    /// When they do not come in time, nobody is left who could publish them, or one has another type.
+    pub fn wait<T: DeserializeOwned>(&self, topic: &str, count: usize) -> Result<Vec<T>, ContextError> {
+        self.wait_for(topic, count, millstream_common::limits::BARRIER_TIMEOUT)
+    }
+
+    /// As [`BlockContext::wait`], with another patience: at most 7 days.
+    ///
+    /// # Errors
+    /// When they do not come in time, nobody is left who could publish them, or one has another type.
+    pub fn wait_for<T: DeserializeOwned>(
+        &self,
+        topic: &str,
+        count: usize,
+        timeout: Duration,
+    ) -> Result<Vec<T>, ContextError> {
+        let count = u32::try_from(count).unwrap_or(u32::MAX);
+        let values = self.call(|sync| sync.wait(topic, count, Some(timeout)))?;
+        values.into_iter().map(|value| read_value(topic, value)).collect()
+    }
+
+    /// The values of a topic as they are, without waiting.
+    ///
+    /// # Errors
+    /// When one has another type.
+    pub fn get<T: DeserializeOwned>(&self, topic: &str) -> Result<Vec<T>, ContextError> {
+        let values = self.call(|sync| sync.get(topic))?;
+        values.into_iter().map(|value| read_value(topic, value)).collect()
+    }
+
+    /// The values of a topic from the first on, those that come later included. Not to be used inside an asynchronous
+    /// runtime: each step holds the thread.
+    ///
+    /// # Errors
+    /// When the agent cannot be reached.
+    pub fn subscribe<T: DeserializeOwned>(
+        &self,
+        topic: &str,
+    ) -> Result<impl Iterator<Item = Result<T, ContextError>>, ContextError> {
+        let values = self.sync()?.subscribe(topic, 0);
+        Ok(values.map(move |value| read_value(topic, value?)))
+    }
+
+    /// Prints a line on standard error at once: it is in the block's log with its time.
+    pub fn log(&self, line: impl fmt::Display) {
+        // Nobody is left to be told when standard error is closed.
+        let _written: io::Result<()> = io::stderr().write_all(format!("{line}\n").as_bytes());
+    }
+
+    fn sync(&self) -> Result<&SyncClient, ContextError> {
+        if let Some(sync) = self.sync.get() {
+            return Ok(sync);
+        }
+        let sync = outside_of_runtimes(SyncClient::from_environment)?;
+        Ok(self.sync.get_or_init(|| sync))
+    }
+
+    fn call<T: Send>(
+        &self,
+        call: impl FnOnce(&SyncClient) -> Result<T, SyncError> + Send,
+    ) -> Result<T, ContextError> {
+        let sync = self.sync()?;
+        Ok(outside_of_runtimes(|| call(sync))?)
+    }
+
     /// Every defined stream, with its host and its addresses, as JSON.
     ///
     /// # Errors
@@ -191,6 +333,30 @@ impl fmt::Debug for BlockContext {
             .field("task", &self.task)
             .finish_non_exhaustive()
     }
+}
+
+/// Makes a call that holds its thread. A thread that drives a runtime must not: then another one is held.
+fn outside_of_runtimes<T: Send>(call: impl FnOnce() -> T + Send) -> T {
+    if tokio::runtime::Handle::try_current().is_err() {
+        return call();
+    }
+    thread::scope(|scope| scope.spawn(call).join().unwrap_or_else(|panic| panic::resume_unwind(panic)))
+}
+
+/// A value that was published as text is had as that text; what is no text is JSON.
+fn read_value<T: DeserializeOwned>(topic: &str, value: TopicValue) -> Result<T, ContextError> {
+    let text = match &value.content {
+        Content::Text(text) => text.clone(),
+        Content::Data(data) => String::from_utf8_lossy(data).into_owned(),
+    };
+    let read = serde_json::from_value(Value::String(text.clone())).or_else(|_| serde_json::from_str(&text));
+    read.map_err(|source| ContextError::Value {
+        topic: topic.to_owned(),
+        index: value.index,
+        publisher: value.publisher,
+        type_name: std::any::type_name::<T>(),
+        source,
+    })
 }
 
 fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T, ContextError> {

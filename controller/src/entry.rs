@@ -46,6 +46,7 @@ macro_rules! entry {
 
             #[$crate::__private::linkme::distributed_slice($crate::__private::ENTRIES)]
             #[linkme(crate = $crate::__private::linkme)]
+            #[allow(unsafe_code, reason = "a registration is a static in a section of its own")]
             static MODULE: &str = ::core::module_path!();
         };
     };

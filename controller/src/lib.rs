@@ -1,5 +1,9 @@
 //! Blocks of code in streams on many hosts from inside one test, held at barriers.
 
+// The macros name this crate as its users do; its own tests use them, too.
+#[cfg(test)]
+extern crate self as millstream;
+
 pub mod block;
 pub mod blocking;
 pub mod context;
@@ -24,14 +28,21 @@ pub use block::{Block, BlockError, Command, exec, python, script, shell};
 pub use context::{BlockContext, ContextError};
 pub use definition::{DefineStreamError, DefinitionFault};
 pub use entry::{EntryError, enter};
-pub use millstream_common::spec::ResourceLimits;
-pub use params::{GetParamError, Origin, Params, ReadParamsError};
+pub use millstream_common::{
+    spec::ResourceLimits,
+    sync_client::{Entry as BarrierEntry, Party, Released, SyncError},
+};
+pub use millstream_macros::block;
+pub use params::{DefineStreamsError, GetParamError, Origin, Params, ReadParamsError};
 pub use results::{Layout, WriteResultsError};
 
 /// What the macros of this crate expand to. Not for users: it may change at any time.
 #[doc(hidden)]
 pub mod __private {
     pub use linkme;
+
+    /// Compiles for types that can be arguments of a block.
+    pub fn assert_travels<T: serde::Serialize + serde::de::DeserializeOwned>() {}
 
     pub use crate::{
         block::function::{Arguments, BlockReturn, Call, FUNCTIONS, Function},

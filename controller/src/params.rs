@@ -10,8 +10,10 @@ use indexmap::IndexMap;
 use millstream_common::text;
 use serde::{Serialize, Serializer, de::DeserializeOwned};
 
+pub(crate) mod sources;
 pub(crate) mod yaml;
 
+pub use sources::DefineStreamsError;
 pub use yaml::ReadParamsError;
 
 /// A tree of parameters, such as one read from a YAML file. Cheap to clone.

@@ -173,3 +173,6 @@ pub(super) fn digest_of_file(path: &Path, metadata: &fs::Metadata) -> io::Result
     digests.insert(path, (version, digest));
     Ok(digest)
 }
+
+#[cfg(test)]
+pub(crate) mod tests;
