@@ -113,6 +113,8 @@ pub const SESSION_TASKS_COUNT_MAX: usize = 16_384;
 /// Tasks of one stream that the controller hands over ahead of the running one. With 50 ms between the two ends and
 /// 0.5 ms a task, 100 are needed to keep the host busy; 128 leaves room.
 pub const STREAM_WINDOW_COUNT: usize = 128;
+/// Streams of one test.
+pub const STREAMS_COUNT_MAX: usize = 10_000;
 /// Tasks of one test.
 pub const TEST_TASKS_COUNT_MAX: usize = 1_000_000;
 

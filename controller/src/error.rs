@@ -2,7 +2,14 @@
 
 use std::{error::Error as StdError, fmt, sync::Arc};
 
-use crate::outcome::{FailureReport, Outcome};
+use crate::{
+    outcome::{FailureReport, Outcome},
+    params::{GetParamError, ReadParamsError},
+    results::WriteResultsError,
+    stream::StartError,
+    streams::{CloseError, MeetError, OpenError, StreamError},
+    task::ReadyError,
+};
 
 /// What a test returns.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -40,6 +47,36 @@ pub enum Error {
     /// Tasks ended unexpectedly.
     #[error(transparent)]
     Failures(#[from] FailureReport),
+    /// Streams were not opened.
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    /// A stream cannot be had.
+    #[error(transparent)]
+    Stream(#[from] StreamError),
+    /// A task was never ready.
+    #[error(transparent)]
+    Ready(#[from] ReadyError),
+    /// Tasks were not started together.
+    #[error(transparent)]
+    Start(#[from] StartError),
+    /// Main did not meet others.
+    #[error(transparent)]
+    Meet(#[from] MeetError),
+    /// Results of main were not written.
+    #[error(transparent)]
+    Results(#[from] WriteResultsError),
+    /// Parameters were not read.
+    #[error(transparent)]
+    ReadParams(#[from] ReadParamsError),
+    /// A parameter cannot be had.
+    #[error(transparent)]
+    GetParam(#[from] GetParamError),
+    /// Not everything was tidied.
+    #[error(transparent)]
+    Close(#[from] CloseError),
+    /// The test's own reading or writing failed.
+    #[error(transparent)]
+    Io(#[from] std::io::Error),
 }
 
 impl fmt::Debug for Error {

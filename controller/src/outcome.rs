@@ -16,7 +16,7 @@ pub use millstream_common::outcome::{
     Exit, Expectation, LeakedProcess, LogTotals, OutcomeKind, Phase, PhaseEnd, Reason,
 };
 use millstream_common::{
-    id::{BarrierName, BlockName, StreamName, TaskId, TestName},
+    id::{BlockName, StreamName, TaskId, TestName},
     limits,
     text::{counted, printable, spoken},
 };
@@ -90,17 +90,15 @@ pub struct Outcome {
 pub struct CausedBy {
     /// The task that broke the barrier.
     pub task_id: TaskId,
-    /// That task as text, such as `task 1-netserver on stream server`.
+    /// That task as text, such as `server/1-netserver`.
     pub task: String,
-    /// The barrier.
-    pub barrier: BarrierName,
 }
 
 impl CausedBy {
-    /// Names the task and the barrier that it broke.
+    /// Names the task.
     #[must_use]
-    pub fn new(task_id: TaskId, task: impl Into<String>, barrier: BarrierName) -> Self {
-        Self { task_id, task: task.into(), barrier }
+    pub fn new(task_id: TaskId, task: impl Into<String>) -> Self {
+        Self { task_id, task: task.into() }
     }
 }
 
@@ -209,7 +207,7 @@ impl Outcome {
             text += &printable(self.detail.as_bytes(), limits::TEXT_BYTES_MAX);
         }
         if let Some(cause) = &self.caused_by {
-            text += &format!(", because {} broke barrier `{}`", cause.task, cause.barrier);
+            text += &format!(", because {} broke its barrier", cause.task);
         }
         if self.is_expected() && self.expectation == Expectation::Fail && !self.passed() {
             text += ", as expected";
@@ -413,8 +411,7 @@ pub(crate) mod tests {
     }
 
     fn following(number: u32, cause: &Outcome) -> Outcome {
-        let barrier = BarrierName::new("setup").unwrap();
-        let caused_by = CausedBy::new(cause.task_id, format!("task {}", cause.label()), barrier);
+        let caused_by = CausedBy::new(cause.task_id, format!("task {}", cause.label()));
         Outcome { caused_by: Some(caused_by), ..outcome(number, OutcomeKind::Failed) }
     }
 
@@ -460,7 +457,7 @@ pub(crate) mod tests {
     fn a_circle_of_followers_counts_once() {
         let mut one = outcome(1, OutcomeKind::Failed);
         let two = following(2, &one);
-        one.caused_by = Some(CausedBy::new(two.task_id, "two", BarrierName::new("b").unwrap()));
+        one.caused_by = Some(CausedBy::new(two.task_id, "two"));
         let report = report(vec![one, two]).unwrap();
         assert_eq!((report.count(), report.failures[0].followers.len()), (1, 1));
     }

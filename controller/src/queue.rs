@@ -1,1 +1,726 @@
-//! One stream's FIFO and the window of tasks handed over. Pure.
+//! One stream's FIFO and its window. Pure.
+//!
+//! ```text
+//! waiting -> preparing -> ready -> put -> accepted -> running -> (ended: forgotten)
+//!    `----------`----------'  finished here: cancelled, drained, unreachable
+//!                                `------`-----------'  finished here only when the session is lost
+//! ```
+//!
+//! Decides what is prepared, what is handed to the host and in which order, and what becomes of tasks that the host never
+//! got. What becomes of those it has is the host's to decide. Knows tasks by their number in the stream alone; holds no
+//! blocks, sends nothing, knows no time.
+
+use std::collections::VecDeque;
+
+/// What happened.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Event {
+    /// A block was scheduled. Numbers grow.
+    Scheduled { number: u32, held: bool },
+    /// A new session is open on the host: it knows no task yet.
+    SessionOpened,
+    /// The connection broke; the session may still live.
+    SessionSuspended,
+    /// The connection is back and the session with it.
+    SessionResumed,
+    /// There is no session any more, or the host could not be reached at all.
+    SessionLost,
+    /// The block is compiled and its files are on the host.
+    Prepared { number: u32 },
+    /// The block cannot be compiled, or its files cannot be brought to the host: the task is over.
+    Refused { number: u32 },
+    /// The host has taken the task.
+    Accepted { number: u32 },
+    /// The host does not take the task: it is over.
+    Rejected { number: u32 },
+    /// Its first phase began.
+    Began { number: u32 },
+    /// The host says how it ended. `drains`: those behind it are to be cancelled.
+    Ended { number: u32, drains: bool },
+    /// A held task was told to begin.
+    GoAsked { number: u32 },
+    /// A task is to be taken back if it has not begun.
+    CancelAsked { number: u32 },
+    /// A task is to be ended.
+    StopAsked { number: u32 },
+}
+
+/// What is to be done.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Action {
+    /// Open a session on the host.
+    Connect,
+    /// Compile the block and bring its files to the host.
+    Prepare { number: u32 },
+    /// Hand the task over. `previous` was handed over before it, zero when none was.
+    Put { number: u32, previous: u32, held: bool },
+    /// Let a held task begin.
+    Go { number: u32 },
+    /// Ask the host to take the task back.
+    Cancel { number: u32 },
+    /// Ask the host to end the task.
+    Stop { number: u32 },
+    /// The task is over without the host having decided it.
+    Finish { number: u32, ending: Ending },
+}
+
+/// How a task ends that the host does not decide.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Ending {
+    /// Taken back before it was handed over.
+    Cancelled,
+    /// The one before it failed, and its stream drains.
+    Drained,
+    /// Never handed over, and there is no host to hand it to.
+    Unreachable,
+    /// Handed over, and nobody can say what became of it.
+    Lost,
+}
+
+/// Why a task does not run, or that it does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Standing {
+    /// The host is not reached yet, or not any more.
+    WaitsForHost,
+    /// Its block is being compiled or its files are under way.
+    Preparing,
+    /// The task with that number comes first.
+    Behind { number: u32 },
+    /// The task with that number is held and was not told to begin.
+    BehindHeld { number: u32 },
+    /// It is held itself.
+    Held,
+    /// The host has it and starts it next.
+    Next,
+    /// It runs.
+    Running,
+    /// It is over, or was never here.
+    Unknown,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Life {
+    Waiting,
+    Preparing,
+    Ready,
+    Put,
+    Accepted,
+    Running,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Wish {
+    Cancel,
+    Stop,
+}
+
+#[derive(Debug)]
+struct Entry {
+    number: u32,
+    life: Life,
+    /// Held and not told to begin.
+    held: bool,
+    /// Whether the host was given it as a held one: telling it to begin then takes a message.
+    put_held: bool,
+    /// What was asked of the host and must be asked again after the connection broke.
+    wish: Option<Wish>,
+}
+
+impl Entry {
+    fn is_handed_over(&self) -> bool {
+        self.life >= Life::Put
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Session {
+    /// None, and nobody has asked for one.
+    Closed,
+    /// Asked for.
+    Opening,
+    Up,
+    Suspended,
+}
+
+/// The unfinished tasks of one stream.
+#[derive(Debug)]
+pub(crate) struct Queue {
+    /// In the order of their numbers. Those that were handed over stand before all others.
+    entries: VecDeque<Entry>,
+    session: Session,
+    /// The task that was handed over last in this session; zero when none was.
+    last_put: u32,
+    window: usize,
+}
+
+impl Queue {
+    /// An empty queue that hands over at most `window` tasks ahead.
+    pub(crate) fn new(window: usize) -> Self {
+        Self { entries: VecDeque::new(), session: Session::Closed, last_put: 0, window }
+    }
+
+    /// Whether every task is over.
+    #[cfg(test)]
+    pub(crate) fn is_empty(&self) -> bool {
+        self.entries.is_empty()
+    }
+
+    /// Numbers of all tasks that are not over.
+    #[cfg(test)]
+    pub(crate) fn numbers(&self) -> impl Iterator<Item = u32> + '_ {
+        self.entries.iter().map(|entry| entry.number)
+    }
+
+    /// Takes in one event. Events about tasks that are over change nothing: messages cross on their way.
+    pub(crate) fn handle(&mut self, event: Event, actions: &mut Vec<Action>) {
+        match event {
+            Event::Scheduled { number, held } => self.schedule(number, held),
+            Event::SessionOpened => {
+                self.session = Session::Up;
+                self.last_put = 0;
+            }
+            Event::SessionSuspended => {
+                if self.session == Session::Up {
+                    self.session = Session::Suspended;
+                }
+            }
+            Event::SessionResumed => self.resume(actions),
+            Event::SessionLost => self.lose(actions),
+            Event::Prepared { number } => self.enter(number, Life::Preparing, Life::Ready),
+            Event::Accepted { number } => self.enter(number, Life::Put, Life::Accepted),
+            Event::Began { number } => self.begin(number),
+            Event::Refused { number } => {
+                self.remove(number);
+            }
+            Event::Rejected { number } => self.reject(number, actions),
+            Event::Ended { number, drains } => self.end(number, drains, actions),
+            Event::GoAsked { number } => self.go(number, actions),
+            Event::CancelAsked { number } => self.wish(number, Wish::Cancel, actions),
+            Event::StopAsked { number } => self.wish(number, Wish::Stop, actions),
+        }
+        self.advance(actions);
+        #[cfg(test)]
+        self.assert_invariants();
+    }
+
+    fn index(&self, number: u32) -> Option<usize> {
+        self.entries.binary_search_by_key(&number, |entry| entry.number).ok()
+    }
+
+    fn entry(&mut self, number: u32) -> Option<&mut Entry> {
+        self.index(number).map(|index| &mut self.entries[index])
+    }
+
+    fn remove(&mut self, number: u32) -> Option<Entry> {
+        self.index(number).and_then(|index| self.entries.remove(index))
+    }
+
+    fn schedule(&mut self, number: u32, held: bool) {
+        debug_assert!(self.entries.back().is_none_or(|last| last.number < number), "numbers grow");
+        let entry = Entry { number, life: Life::Waiting, held, put_held: false, wish: None };
+        self.entries.push_back(entry);
+    }
+
+    fn enter(&mut self, number: u32, from: Life, to: Life) {
+        if let Some(entry) = self.entry(number)
+            && entry.life == from
+        {
+            entry.life = to;
+        }
+    }
+
+    fn begin(&mut self, number: u32) {
+        if let Some(entry) = self.entry(number)
+            && entry.is_handed_over()
+        {
+            entry.life = Life::Running;
+            entry.held = false;
+        }
+    }
+
+    /// The host has forgotten nothing, but messages that were under way may have been lost: they are repeated.
+    fn resume(&mut self, actions: &mut Vec<Action>) {
+        self.session = Session::Up;
+        let mut previous = 0;
+        for entry in self.entries.iter().filter(|entry| entry.is_handed_over()) {
+            if entry.life == Life::Put {
+                actions.push(Action::Put { number: entry.number, previous, held: entry.put_held });
+            }
+            if entry.put_held && !entry.held && entry.life < Life::Running {
+                actions.push(Action::Go { number: entry.number });
+            }
+            match entry.wish {
+                Some(Wish::Cancel) => actions.push(Action::Cancel { number: entry.number }),
+                Some(Wish::Stop) => actions.push(Action::Stop { number: entry.number }),
+                None => {}
+            }
+            previous = entry.number;
+        }
+    }
+
+    fn lose(&mut self, actions: &mut Vec<Action>) {
+        self.session = Session::Closed;
+        self.last_put = 0;
+        for entry in self.entries.drain(..) {
+            let ending = if entry.is_handed_over() { Ending::Lost } else { Ending::Unreachable };
+            actions.push(Action::Finish { number: entry.number, ending });
+        }
+    }
+
+    /// The host waits for the rejected task before it starts the next one: that one is handed over again, behind the
+    /// one before.
+    fn reject(&mut self, number: u32, actions: &mut Vec<Action>) {
+        let Some(index) = self.index(number) else { return };
+        self.entries.remove(index);
+        let previous = match index.checked_sub(1) {
+            Some(before) => self.entries[before].number,
+            None => 0,
+        };
+        match self.entries.get_mut(index) {
+            Some(next) if next.is_handed_over() && self.session == Session::Up => {
+                next.life = next.life.min(Life::Put);
+                actions.push(Action::Put { number: next.number, previous, held: next.put_held });
+            }
+            Some(next) if next.is_handed_over() => next.life = next.life.min(Life::Put),
+            _ if self.last_put == number => self.last_put = previous,
+            _ => {}
+        }
+    }
+
+    fn end(&mut self, number: u32, drains: bool, actions: &mut Vec<Action>) {
+        if self.remove(number).is_none() || !drains {
+            return;
+        }
+        // Those that were handed over are the host's to drain. They stand in front: the rest is cut off behind them.
+        let kept = self.entries.iter().take_while(|entry| entry.is_handed_over()).count();
+        for entry in self.entries.drain(kept..) {
+            actions.push(Action::Finish { number: entry.number, ending: Ending::Drained });
+        }
+    }
+
+    fn go(&mut self, number: u32, actions: &mut Vec<Action>) {
+        let up = self.session == Session::Up;
+        if let Some(entry) = self.entry(number)
+            && entry.held
+        {
+            entry.held = false;
+            if entry.put_held && up {
+                actions.push(Action::Go { number });
+            }
+        }
+    }
+
+    fn wish(&mut self, number: u32, wish: Wish, actions: &mut Vec<Action>) {
+        let up = self.session == Session::Up;
+        let Some(index) = self.index(number) else { return };
+        let entry = &mut self.entries[index];
+        if !entry.is_handed_over() {
+            self.entries.remove(index);
+            actions.push(Action::Finish { number, ending: Ending::Cancelled });
+            return;
+        }
+        // A stop goes further than a cancellation and replaces it, never the other way round.
+        entry.wish = entry.wish.max(Some(wish));
+        if up {
+            actions.push(match wish {
+                Wish::Cancel => Action::Cancel { number },
+                Wish::Stop => Action::Stop { number },
+            });
+        }
+    }
+
+    /// Prepares and hands over what the window allows.
+    fn advance(&mut self, actions: &mut Vec<Action>) {
+        match self.session {
+            Session::Closed if !self.entries.is_empty() => {
+                self.session = Session::Opening;
+                actions.push(Action::Connect);
+            }
+            Session::Up => {
+                let mut in_order = true;
+                for entry in self.entries.iter_mut().take(self.window) {
+                    match entry.life {
+                        Life::Waiting => {
+                            entry.life = Life::Preparing;
+                            actions.push(Action::Prepare { number: entry.number });
+                        }
+                        Life::Ready if in_order => {
+                            entry.life = Life::Put;
+                            entry.put_held = entry.held;
+                            let (number, previous, held) = (entry.number, self.last_put, entry.held);
+                            actions.push(Action::Put { number, previous, held });
+                            self.last_put = number;
+                        }
+                        _ => {}
+                    }
+                    in_order &= entry.life >= Life::Put;
+                }
+            }
+            _ => {}
+        }
+    }
+
+    /// Why a task does not run.
+    pub(crate) fn standing(&self, number: u32) -> Standing {
+        let Some(index) = self.index(number) else { return Standing::Unknown };
+        let entry = &self.entries[index];
+        if entry.life == Life::Running {
+            return Standing::Running;
+        }
+        if let Some(held) = self.entries.iter().take(index).find(|before| before.held) {
+            return Standing::BehindHeld { number: held.number };
+        }
+        if self.session != Session::Up {
+            return Standing::WaitsForHost;
+        }
+        if index > 0 {
+            return Standing::Behind { number: self.entries[0].number };
+        }
+        match entry.life {
+            Life::Waiting | Life::Preparing | Life::Ready => Standing::Preparing,
+            _ if entry.held => Standing::Held,
+            _ => Standing::Next,
+        }
+    }
+
+    /// The first task before this one that is held and not among `others`: nothing behind it can begin.
+    pub(crate) fn held_before(&self, number: u32, others: &[u32]) -> Option<u32> {
+        let before = self.entries.iter().take_while(|entry| entry.number < number);
+        before.filter(|entry| entry.held && !others.contains(&entry.number)).map(|entry| entry.number).next()
+    }
+
+    #[cfg(test)]
+    fn assert_invariants(&self) {
+        let numbers: Vec<u32> = self.numbers().collect();
+        assert!(numbers.is_sorted_by(|a, b| a < b), "numbers grow: {numbers:?}");
+        let handed_over = self.entries.iter().take_while(|entry| entry.is_handed_over()).count();
+        let all = self.entries.iter().filter(|entry| entry.is_handed_over()).count();
+        assert_eq!(handed_over, all, "what was handed over stands in front: {:?}", self.entries);
+        assert!(handed_over <= self.window, "the window is kept");
+        if matches!(self.session, Session::Closed | Session::Opening) {
+            assert_eq!(handed_over, 0, "nothing is handed over without a session");
+            assert!(self.session != Session::Closed || self.entries.is_empty(), "work asks for a session");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use expect_test::{Expect, expect};
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// The only caller of the room's API: plays a script and compares the transcript.
+    fn check(window: usize, script: &[Event], expected: Expect) {
+        let mut queue = Queue::new(window);
+        let mut transcript = String::new();
+        for &event in script {
+            let mut actions = Vec::new();
+            queue.handle(event, &mut actions);
+            transcript += &format!("{} -> {}\n", short(&event), listed(&actions));
+        }
+        expected.assert_eq(&transcript);
+    }
+
+    fn short(value: &impl std::fmt::Debug) -> String {
+        format!("{value:?}")
+            .replace("number: ", "")
+            .replace("previous: ", "after ")
+            .replace(" { ", "(")
+            .replace(" }", ")")
+    }
+
+    fn listed(actions: &[Action]) -> String {
+        if actions.is_empty() {
+            return "nothing".to_owned();
+        }
+        actions.iter().map(short).collect::<Vec<_>>().join(", ")
+    }
+
+    fn scheduled(number: u32) -> Event {
+        Event::Scheduled { number, held: false }
+    }
+
+    fn prepared(number: u32) -> Event {
+        Event::Prepared { number }
+    }
+
+    #[test]
+    fn tasks_are_handed_over_in_order_whatever_is_prepared_first() {
+        check(
+            8,
+            &[scheduled(1), scheduled(2), Event::SessionOpened, prepared(2), prepared(1)],
+            expect![[r#"
+                Scheduled(1, held: false) -> Connect
+                Scheduled(2, held: false) -> nothing
+                SessionOpened -> Prepare(1), Prepare(2)
+                Prepared(2) -> nothing
+                Prepared(1) -> Put(1, after 0, held: false), Put(2, after 1, held: false)
+            "#]],
+        );
+    }
+
+    #[test]
+    fn the_window_moves_when_a_task_ends() {
+        check(
+            1,
+            &[
+                Event::SessionOpened,
+                scheduled(1),
+                scheduled(2),
+                prepared(1),
+                Event::Ended { number: 1, drains: false },
+                prepared(2),
+            ],
+            expect![[r#"
+                SessionOpened -> nothing
+                Scheduled(1, held: false) -> Prepare(1)
+                Scheduled(2, held: false) -> nothing
+                Prepared(1) -> Put(1, after 0, held: false)
+                Ended(1, drains: false) -> Prepare(2)
+                Prepared(2) -> Put(2, after 1, held: false)
+            "#]],
+        );
+    }
+
+    #[test]
+    fn a_task_that_was_not_handed_over_is_cancelled_here_and_the_other_by_the_host() {
+        check(
+            1,
+            &[
+                Event::SessionOpened,
+                scheduled(1),
+                scheduled(2),
+                prepared(1),
+                Event::CancelAsked { number: 2 },
+                Event::CancelAsked { number: 1 },
+                Event::StopAsked { number: 2 },
+            ],
+            expect![[r#"
+                SessionOpened -> nothing
+                Scheduled(1, held: false) -> Prepare(1)
+                Scheduled(2, held: false) -> nothing
+                Prepared(1) -> Put(1, after 0, held: false)
+                CancelAsked(2) -> Finish(2, ending: Cancelled)
+                CancelAsked(1) -> Cancel(1)
+                StopAsked(2) -> nothing
+            "#]],
+        );
+    }
+
+    #[test]
+    fn a_held_task_keeps_its_place_and_goes_by_one_message() {
+        check(
+            8,
+            &[
+                Event::SessionOpened,
+                Event::Scheduled { number: 1, held: true },
+                scheduled(2),
+                prepared(1),
+                prepared(2),
+                Event::GoAsked { number: 1 },
+                Event::GoAsked { number: 1 },
+            ],
+            expect![[r#"
+                SessionOpened -> nothing
+                Scheduled(1, held: true) -> Prepare(1)
+                Scheduled(2, held: false) -> Prepare(2)
+                Prepared(1) -> Put(1, after 0, held: true)
+                Prepared(2) -> Put(2, after 1, held: false)
+                GoAsked(1) -> Go(1)
+                GoAsked(1) -> nothing
+            "#]],
+        );
+    }
+
+    #[test]
+    fn what_was_under_way_when_the_connection_broke_is_said_again() {
+        check(
+            8,
+            &[
+                Event::SessionOpened,
+                scheduled(1),
+                scheduled(2),
+                prepared(1),
+                Event::Accepted { number: 1 },
+                prepared(2),
+                Event::SessionSuspended,
+                Event::StopAsked { number: 1 },
+                scheduled(3),
+                Event::SessionResumed,
+            ],
+            expect![[r#"
+                SessionOpened -> nothing
+                Scheduled(1, held: false) -> Prepare(1)
+                Scheduled(2, held: false) -> Prepare(2)
+                Prepared(1) -> Put(1, after 0, held: false)
+                Accepted(1) -> nothing
+                Prepared(2) -> Put(2, after 1, held: false)
+                SessionSuspended -> nothing
+                StopAsked(1) -> nothing
+                Scheduled(3, held: false) -> nothing
+                SessionResumed -> Stop(1), Put(2, after 1, held: false), Prepare(3)
+            "#]],
+        );
+    }
+
+    #[test]
+    fn a_lost_session_loses_what_was_handed_over_and_no_more() {
+        check(
+            8,
+            &[
+                Event::SessionOpened,
+                scheduled(1),
+                scheduled(2),
+                prepared(1),
+                Event::SessionLost,
+                scheduled(3),
+            ],
+            expect![[r#"
+                SessionOpened -> nothing
+                Scheduled(1, held: false) -> Prepare(1)
+                Scheduled(2, held: false) -> Prepare(2)
+                Prepared(1) -> Put(1, after 0, held: false)
+                SessionLost -> Finish(1, ending: Lost), Finish(2, ending: Unreachable)
+                Scheduled(3, held: false) -> Connect
+            "#]],
+        );
+    }
+
+    #[test]
+    fn a_draining_stream_cancels_what_the_host_has_not() {
+        check(
+            2,
+            &[
+                Event::SessionOpened,
+                scheduled(1),
+                scheduled(2),
+                scheduled(3),
+                prepared(1),
+                prepared(2),
+                Event::Ended { number: 1, drains: true },
+            ],
+            expect![[r#"
+                SessionOpened -> nothing
+                Scheduled(1, held: false) -> Prepare(1)
+                Scheduled(2, held: false) -> Prepare(2)
+                Scheduled(3, held: false) -> nothing
+                Prepared(1) -> Put(1, after 0, held: false)
+                Prepared(2) -> Put(2, after 1, held: false)
+                Ended(1, drains: true) -> Finish(3, ending: Drained)
+            "#]],
+        );
+    }
+
+    #[test]
+    fn the_one_behind_a_rejected_task_is_put_behind_the_one_before() {
+        check(
+            8,
+            &[
+                Event::SessionOpened,
+                scheduled(1),
+                scheduled(2),
+                scheduled(3),
+                prepared(1),
+                prepared(2),
+                prepared(3),
+                Event::Rejected { number: 2 },
+                Event::Rejected { number: 3 },
+                scheduled(4),
+                prepared(4),
+            ],
+            expect![[r#"
+                SessionOpened -> nothing
+                Scheduled(1, held: false) -> Prepare(1)
+                Scheduled(2, held: false) -> Prepare(2)
+                Scheduled(3, held: false) -> Prepare(3)
+                Prepared(1) -> Put(1, after 0, held: false)
+                Prepared(2) -> Put(2, after 1, held: false)
+                Prepared(3) -> Put(3, after 2, held: false)
+                Rejected(2) -> Put(3, after 1, held: false)
+                Rejected(3) -> nothing
+                Scheduled(4, held: false) -> Prepare(4)
+                Prepared(4) -> Put(4, after 1, held: false)
+            "#]],
+        );
+    }
+
+    #[test]
+    fn standing_names_what_is_waited_for() {
+        let mut queue = Queue::new(8);
+        let mut actions = Vec::new();
+        queue.handle(Event::Scheduled { number: 1, held: true }, &mut actions);
+        queue.handle(scheduled(2), &mut actions);
+        assert_eq!(queue.standing(1), Standing::WaitsForHost);
+        queue.handle(Event::SessionOpened, &mut actions);
+        assert_eq!(queue.standing(1), Standing::Preparing);
+        queue.handle(prepared(1), &mut actions);
+        assert_eq!(queue.standing(1), Standing::Held);
+        assert_eq!(queue.standing(2), Standing::BehindHeld { number: 1 });
+        assert_eq!(queue.held_before(2, &[]), Some(1));
+        assert_eq!(queue.held_before(2, &[1]), None);
+        queue.handle(Event::GoAsked { number: 1 }, &mut actions);
+        assert_eq!(queue.standing(2), Standing::Behind { number: 1 });
+        assert_eq!(queue.standing(9), Standing::Unknown);
+    }
+
+    fn any_event() -> impl Strategy<Value = (u8, u32, bool)> {
+        (0..14_u8, 1..12_u32, any::<bool>())
+    }
+
+    proptest! {
+        /// A host that is fed by the queue sees every task at most once a session, in order, and every task ends.
+        #[test]
+        fn the_host_sees_each_task_once_and_in_order(script in prop::collection::vec(any_event(), 0..200), window in 1..5_usize) {
+            let mut queue = Queue::new(window);
+            let mut next = 0;
+            let mut ended = std::collections::BTreeSet::new();
+            let mut put = Vec::new();
+            let mut up = false;
+            let mut suspended = false;
+            for (kind, number, flag) in script {
+                let event = match kind {
+                    0..=3 => { next += 1; Event::Scheduled { number: next, held: flag && number % 3 == 0 } }
+                    4 if !up => { up = true; suspended = false; Event::SessionOpened }
+                    5 if up && !suspended => { suspended = true; Event::SessionSuspended }
+                    6 if up && suspended => { suspended = false; Event::SessionResumed }
+                    7 if flag => { up = false; suspended = false; Event::SessionLost }
+                    8 => Event::Prepared { number },
+                    9 if put.contains(&number) => Event::Accepted { number },
+                    10 if put.contains(&number) => Event::Ended { number, drains: flag },
+                    11 => Event::GoAsked { number },
+                    12 => Event::CancelAsked { number },
+                    13 if put.contains(&number) => Event::Began { number },
+                    _ => Event::StopAsked { number },
+                };
+                let mut actions = Vec::new();
+                queue.handle(event, &mut actions);
+                if let Event::Ended { number, .. } = event {
+                    ended.insert(number);
+                }
+                if event == Event::SessionLost {
+                    put.clear();
+                }
+                for action in actions {
+                    match action {
+                        Action::Put { number, previous, .. } => {
+                            prop_assert!(up && !suspended, "nothing is sent without a connection");
+                            prop_assert!(!ended.contains(&number), "{number} was over");
+                            if !put.contains(&number) {
+                                prop_assert_eq!(put.last().copied().unwrap_or(0), previous, "each names the one before");
+                                put.push(number);
+                            }
+                        }
+                        Action::Finish { number, .. } => prop_assert!(ended.insert(number), "{number} ends once"),
+                        _ => {}
+                    }
+                }
+                prop_assert!(put.is_sorted());
+            }
+            let mut actions = Vec::new();
+            queue.handle(Event::SessionLost, &mut actions);
+            prop_assert!(queue.is_empty());
+        }
+    }
+}

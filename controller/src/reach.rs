@@ -1,5 +1,288 @@
 //! Gives a byte pipe to an agent.
+//!
+//! A new kind of place is one small file that implements [`Reach`] and a line that [`register`]s it. Everything above a
+//! pipe is the same for all of them: nothing here knows sessions, tasks or blocks.
+
+use std::{
+    collections::BTreeMap,
+    fmt,
+    future::Future,
+    io,
+    path::PathBuf,
+    pin::Pin,
+    sync::{Arc, PoisonError, RwLock},
+};
+
+use millstream_common::{pipe::BoxedPipe, text, tls};
 
 pub mod local;
 pub mod tcp;
 pub mod unix;
+
+/// A future that owns nothing but what it was given.
+pub type Dialing<'a> = Pin<Box<dyn Future<Output = Result<BoxedPipe, DialError>> + Send + 'a>>;
+
+/// A way to an agent.
+pub trait Reach: Send + Sync + fmt::Debug + 'static {
+    /// Makes a new pipe to the agent. Called twice for each session, and again after the connection broke.
+    fn dial(&self) -> Dialing<'_>;
+
+    /// The place as a person writes it, such as `tls://foo.example.com:7433`. Streams whose reaches describe the same
+    /// place share one session.
+    fn describe(&self) -> String;
+
+    /// The name under which blocks on other hosts find this one.
+    fn host(&self) -> String;
+
+    /// Whether the agent lives on when a pipe to it breaks, so that coming back makes sense.
+    fn survives_disconnect(&self) -> bool {
+        true
+    }
+
+    /// Called when the test is over, after the session was closed: ends what the reach itself started.
+    fn release(&self) -> Pin<Box<dyn Future<Output = ()> + Send + '_>> {
+        Box::pin(async {})
+    }
+}
+
+/// What a stream definition says about the way to its agent.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub struct Place {
+    /// The type: `local`, `tls`, `unix`, or one that was registered.
+    pub kind: String,
+    /// What stands behind `://`, or the key `host` (`path` for `unix`); empty when nothing does.
+    pub address: String,
+    /// All other keys that the type understands.
+    pub options: BTreeMap<String, String>,
+}
+
+impl Place {
+    /// A place of a type at an address.
+    #[must_use]
+    pub fn new(kind: impl Into<String>, address: impl Into<String>) -> Self {
+        Self { kind: kind.into(), address: address.into(), options: BTreeMap::new() }
+    }
+}
+
+/// Why a definition does not lead anywhere: known before anything is dialled.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum PlaceError {
+    /// Nobody registered this type.
+    #[error("stream type `{kind}` is unknown: use one of {known}{}", hint(nearest.as_deref()))]
+    UnknownKind {
+        /// The type as given.
+        kind: String,
+        /// The types that there are.
+        known: String,
+        /// The type that was probably meant.
+        nearest: Option<String>,
+    },
+    /// The address does not suit the type.
+    #[error("`{kind}` cannot use the address `{}`: {reason}", address.escape_debug())]
+    Address {
+        /// The type.
+        kind: String,
+        /// The address as given.
+        address: String,
+        /// What is wrong with it, and what would be right.
+        reason: String,
+    },
+    /// A key that the type does not understand.
+    #[error("`{kind}` does not know the key `{key}`: it takes {known}{}", hint(nearest.as_deref()))]
+    UnknownOption {
+        /// The type.
+        kind: String,
+        /// The key.
+        key: String,
+        /// The keys that it takes.
+        known: String,
+        /// The key that was probably meant.
+        nearest: Option<String>,
+    },
+    /// Files with certificates that cannot be used.
+    #[error("{place} cannot be reached: {reason}")]
+    Credentials {
+        /// The place.
+        place: String,
+        /// Which file, why, and what to do.
+        reason: String,
+    },
+}
+
+fn hint(nearest: Option<&str>) -> String {
+    nearest.map(|word| format!(" (did you mean `{word}`?)")).unwrap_or_default()
+}
+
+/// Why a dial gave no pipe.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum DialError {
+    /// No connection.
+    #[error("failed to connect to {address}: {}", tls::reason(source))]
+    Connect {
+        /// Where to.
+        address: String,
+        /// What the system answered.
+        #[source]
+        source: io::Error,
+    },
+    /// The name leads to no address.
+    #[error("failed to find an address for `{host}`: {}", tls::reason(source))]
+    Resolve {
+        /// The name.
+        host: String,
+        /// What the resolver answered.
+        #[source]
+        source: io::Error,
+    },
+    /// The two ends do not trust each other.
+    #[error("{address} refused the connection, or was refused: {reason}")]
+    Refused {
+        /// Where to.
+        address: String,
+        /// Why, and what to do.
+        reason: String,
+    },
+    /// Files with certificates that cannot be used.
+    #[error("{reason}")]
+    Credentials {
+        /// Which file, why, and what to do.
+        reason: String,
+    },
+    /// No agent could be started on this machine.
+    #[error(
+        "no agent can be started for local streams: this program does not call `millstream::entry!();` and \
+         `millstream-agent` is not in PATH. Add the line `millstream::entry!();` to the file of the test"
+    )]
+    NoLocalAgent,
+    /// The agent for local streams did not start.
+    #[error("the agent for local streams, `{}`, did not start: {reason}", program.display())]
+    LocalAgent {
+        /// The program.
+        program: PathBuf,
+        /// What it said or what the system said.
+        reason: String,
+    },
+}
+
+impl DialError {
+    /// Whether dialling again is useless: somebody has to change something first.
+    #[must_use]
+    pub fn is_final(&self) -> bool {
+        match self {
+            Self::Connect { .. } | Self::Resolve { .. } => false,
+            Self::Refused { .. }
+            | Self::Credentials { .. }
+            | Self::NoLocalAgent
+            | Self::LocalAgent { .. } => true,
+        }
+    }
+}
+
+/// Makes a reach of what a definition says.
+pub type Factory = fn(&Place) -> Result<Arc<dyn Reach>, PlaceError>;
+
+/// Types that users have registered, beside the ones that are built in.
+static REGISTERED: RwLock<BTreeMap<String, Factory>> = RwLock::new(BTreeMap::new());
+
+/// The types that are always there.
+const BUILT_IN: [&str; 3] = ["local", "tls", "unix"];
+
+/// Registers a type of streams under the name that definitions use, such as `vm` in `vm://rawhide`. A later registration
+/// of the same name replaces the earlier one; a type that is built in stays as it is.
+pub fn register(kind: impl Into<String>, factory: Factory) {
+    REGISTERED.write().unwrap_or_else(PoisonError::into_inner).insert(kind.into(), factory);
+}
+
+/// Every type that a definition may name.
+#[must_use]
+pub fn kinds() -> Vec<String> {
+    let registered = REGISTERED.read().unwrap_or_else(PoisonError::into_inner);
+    let mut kinds: Vec<String> = BUILT_IN.map(str::to_owned).into();
+    kinds.extend(registered.keys().filter(|kind| !BUILT_IN.contains(&kind.as_str())).cloned());
+    kinds
+}
+
+/// What a reach of a built-in type needs to know of the test it serves.
+#[derive(Debug, Clone)]
+pub(crate) struct Surroundings {
+    /// The one child agent of this test.
+    pub(crate) local: Arc<local::Local>,
+}
+
+/// Makes the reach that a definition names.
+pub(crate) fn resolve(place: &Place, surroundings: &Surroundings) -> Result<Arc<dyn Reach>, PlaceError> {
+    match place.kind.as_str() {
+        "local" => {
+            only_options(place, &[])?;
+            if !place.address.is_empty() {
+                return Err(address_error(place, "write `local` alone: it is always this machine"));
+            }
+            Ok(Arc::clone(&surroundings.local) as Arc<dyn Reach>)
+        }
+        "tls" => Ok(Arc::new(tcp::Tls::new(place)?)),
+        "unix" => Ok(Arc::new(unix::Unix::new(place)?)),
+        kind => {
+            let factory = REGISTERED.read().unwrap_or_else(PoisonError::into_inner).get(kind).copied();
+            match factory {
+                Some(factory) => factory(place),
+                None => Err(unknown_kind(kind)),
+            }
+        }
+    }
+}
+
+fn unknown_kind(kind: &str) -> PlaceError {
+    let known = kinds();
+    let nearest = text::nearest(kind, known.iter().map(String::as_str)).map(str::to_owned);
+    PlaceError::UnknownKind { kind: text::printable(kind.as_bytes(), 64), known: listed(&known), nearest }
+}
+
+fn listed(words: &[String]) -> String {
+    words.iter().map(|word| format!("`{word}`")).collect::<Vec<_>>().join(", ")
+}
+
+/// Refuses options that a type does not know.
+fn only_options(place: &Place, known: &[&str]) -> Result<(), PlaceError> {
+    let Some(key) = place.options.keys().find(|key| !known.contains(&key.as_str())) else { return Ok(()) };
+    let words: Vec<String> = known.iter().map(|word| (*word).to_owned()).collect();
+    Err(PlaceError::UnknownOption {
+        kind: place.kind.clone(),
+        key: text::printable(key.as_bytes(), 64),
+        known: if words.is_empty() { "none".to_owned() } else { listed(&words) },
+        nearest: text::nearest(key, known.iter().copied()).map(str::to_owned),
+    })
+}
+
+fn address_error(place: &Place, reason: impl Into<String>) -> PlaceError {
+    PlaceError::Address { kind: place.kind.clone(), address: place.address.clone(), reason: reason.into() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn surroundings() -> Surroundings {
+        Surroundings { local: Arc::new(local::Local::new()) }
+    }
+
+    #[test]
+    fn an_unknown_type_is_answered_with_the_nearest_one() {
+        let error = resolve(&Place::new("unx", "/run/x"), &surroundings()).unwrap_err().to_string();
+        assert_eq!(
+            error,
+            "stream type `unx` is unknown: use one of `local`, `tls`, `unix` (did you mean `unix`?)"
+        );
+    }
+
+    #[test]
+    fn an_unknown_key_is_answered_with_the_nearest_one() {
+        let mut place = Place::new("tls", "foo");
+        place.options.insert("certificat".to_owned(), "x".to_owned());
+        let error = resolve(&place, &surroundings()).unwrap_err().to_string();
+        assert!(error.contains("does not know the key `certificat`"), "{error}");
+        assert!(error.contains("did you mean `certificate`?"), "{error}");
+    }
+}

@@ -16,7 +16,6 @@ use std::{
 };
 
 use millstream_common::{
-    archive::{ExtractError, Extractor},
     id::{BlockName, StreamName, TestName},
     log::{LogChannel, LogRecord},
 };
@@ -54,15 +53,6 @@ pub enum WriteResultsError {
     TooManyRuns {
         /// The directory.
         path: PathBuf,
-    },
-    /// An archive cannot be taken apart.
-    #[error("failed to take what the block left apart, in `{}`", path.display())]
-    Archive {
-        /// The task's directory.
-        path: PathBuf,
-        /// Why not.
-        #[source]
-        source: ExtractError,
     },
     /// A file cannot be written.
     #[error("failed to write the results file `{}`", path.display())]
@@ -261,17 +251,7 @@ impl TaskFiles {
         self.clock = clock;
     }
 
-    /// Takes in the archive of what the block left: the whiteboard and `data/` appear when it is finished.
-    ///
-    /// # Errors
-    /// When the task's directory cannot be made or written.
-    pub(crate) fn extractor(&mut self) -> Result<Extractor, WriteResultsError> {
-        let directory = self.make_directory()?;
-        let refused = |source| WriteResultsError::Archive { path: directory.to_owned(), source };
-        Extractor::new(directory).map_err(refused)
-    }
-
-    /// Makes the task's directory.
+    /// Makes the task's directory, for an archive to be extracted into.
     ///
     /// # Errors
     /// When it cannot be made.
@@ -464,6 +444,3 @@ fn write_json(path: &Path, report: &impl Serialize) -> Result<(), WriteResultsEr
 fn file_error(path: &Path) -> impl FnOnce(io::Error) -> WriteResultsError + '_ {
     |source| WriteResultsError::File { path: path.to_owned(), source }
 }
-
-#[cfg(test)]
-mod tests;
