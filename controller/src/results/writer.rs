@@ -16,6 +16,7 @@ use std::{
 };
 
 use millstream_common::{
+    archive::{ExtractError, Extractor},
     id::{BlockName, StreamName, TestName},
     log::{LogChannel, LogRecord},
 };
@@ -53,6 +54,15 @@ pub enum WriteResultsError {
     TooManyRuns {
         /// The directory.
         path: PathBuf,
+    },
+    /// An archive cannot be taken apart.
+    #[error("failed to take what the block left apart, in `{}`", path.display())]
+    Archive {
+        /// The task's directory.
+        path: PathBuf,
+        /// Why not.
+        #[source]
+        source: ExtractError,
     },
     /// A file cannot be written.
     #[error("failed to write the results file `{}`", path.display())]
@@ -251,7 +261,17 @@ impl TaskFiles {
         self.clock = clock;
     }
 
-    /// Makes the task's directory, for an archive to be extracted into.
+    /// Takes in the archive of what the block left: the whiteboard and `data/` appear when it is finished.
+    ///
+    /// # Errors
+    /// When the task's directory cannot be made or written.
+    pub(crate) fn extractor(&mut self) -> Result<Extractor, WriteResultsError> {
+        let directory = self.make_directory()?;
+        let refused = |source| WriteResultsError::Archive { path: directory.to_owned(), source };
+        Extractor::new(directory).map_err(refused)
+    }
+
+    /// Makes the task's directory.
     ///
     /// # Errors
     /// When it cannot be made.
@@ -444,3 +464,6 @@ fn write_json(path: &Path, report: &impl Serialize) -> Result<(), WriteResultsEr
 fn file_error(path: &Path) -> impl FnOnce(io::Error) -> WriteResultsError + '_ {
     |source| WriteResultsError::File { path: path.to_owned(), source }
 }
+
+#[cfg(test)]
+mod tests;
