@@ -304,8 +304,7 @@ impl Loop {
     /// Serves a session over as many connections as it takes.
     async fn keep_session(&mut self, first: Connection, belief: Instant) -> bool {
         let (connections, receiver) = watch::channel(Some(first.clone()));
-        let shared =
-            Shared { progress: Progress::default(), connection: receiver };
+        let shared = Shared { progress: Progress::default(), connection: receiver };
         let mut session = first.session.clone();
         let belief = Arc::new(Mutex::new(belief));
         let mut bulk = bulk::Bulk::new(Arc::clone(&self.reach), shared.clone(), Arc::clone(&self.reports));
