@@ -302,6 +302,11 @@ impl Block {
         Ok(Compiled { spec, secret_files, uploads })
     }
 
+    /// Whether compiling reads files, and so may hold its thread.
+    pub(crate) fn reads_files(&self) -> bool {
+        !self.files.is_empty() || matches!(self.kind, Kind::Script(_) | Kind::Function(_))
+    }
+
     /// The command of phase `run`, before it is wrapped, and where it finds its outputs.
     fn run_command(
         &self,
@@ -503,3 +508,7 @@ fn check_environment(environment: &BTreeMap<String, String>) -> Result<(), Block
     }
     Ok(())
 }
+
+#[cfg(test)]
+#[rustfmt::skip] // expectations are rewritten by their tool, which wants them on one line
+mod tests;
