@@ -1117,6 +1117,3 @@ fn barriers(sync: &SyncHost) -> Vec<BarrierReport> {
         })
         .collect()
 }
-
-#[cfg(test)]
-mod tests;

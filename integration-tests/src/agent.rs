@@ -35,10 +35,38 @@ impl Agent {
     pub fn start(place: &Namespace, address: Ipv4Addr, tls: &Certificate, directory: &Path) -> Self {
         fs::create_dir_all(directory).expect("the lab's directory can be written");
         let address = SocketAddrV4::new(address, PORT);
-        fs::write(directory.join("agent.yaml"), configuration(address, tls, directory))
-            .expect("the lab's directory can be written");
+        Self::start_with(place, address, directory, &configuration(address, Some(tls), directory))
+    }
+
+    /// As [`Agent::start`], on loopback and without TLS.
+    ///
+    /// # Panics
+    /// When it does not start; the message has its log.
+    #[must_use]
+    pub fn start_on_loopback(place: &Namespace, directory: &Path) -> Self {
+        fs::create_dir_all(directory).expect("the lab's directory can be written");
+        let address = SocketAddrV4::new(Ipv4Addr::LOCALHOST, PORT);
+        Self::start_with(place, address, directory, &configuration(address, None, directory))
+    }
+
+    fn start_with(place: &Namespace, address: SocketAddrV4, directory: &Path, configuration: &str) -> Self {
+        fs::write(directory.join("agent.yaml"), configuration).expect("the lab's directory can be written");
         let child = launch(place, directory);
         Self { child, address, directory: directory.to_path_buf() }
+    }
+
+    /// What an agent says that is given this configuration and refuses to start.
+    ///
+    /// # Panics
+    /// When it starts all the same and ends well.
+    #[must_use]
+    pub fn refused(directory: &Path, configuration: &str) -> String {
+        let path = directory.join("agent.yaml");
+        fs::write(&path, configuration).expect("the test's directory can be written");
+        let mut command = Command::new(tools::agent_program());
+        let output = tools::output(command.args(["serve", "--config"]).arg(&path).stdin(Stdio::null()));
+        assert!(!output.status.success(), "{}", tools::both(&output));
+        tools::both(&output)
     }
 
     /// Where it is dialled.
@@ -111,12 +139,10 @@ impl Agent {
         entries.filter_map(|entry| Some(entry.ok()?.path())).collect()
     }
 
-    /// Processes of the agent and of its supervisors.
+    /// Processes of the supervisors that it has started.
     #[must_use]
-    pub fn family(&self) -> Vec<u32> {
-        let mut family = vec![self.pid()];
-        family.extend(processes::children(self.pid()));
-        family
+    pub fn supervisors(&self) -> Vec<u32> {
+        processes::children(self.pid())
     }
 }
 
@@ -128,21 +154,21 @@ impl Drop for Agent {
     }
 }
 
-fn configuration(address: SocketAddrV4, tls: &Certificate, directory: &Path) -> String {
-    format!(
-        "listen: {address}\n\
-         unix_socket: {socket}\n\
-         state_directory: {state}\n\
-         tls:\n\
-         \x20 certificate: {certificate}\n\
-         \x20 key: {key}\n\
-         \x20 authority: {authority}\n",
+fn configuration(address: SocketAddrV4, tls: Option<&Certificate>, directory: &Path) -> String {
+    let mut yaml = format!(
+        "listen: {address}\nunix_socket: {socket}\nstate_directory: {state}\n",
         socket = directory.join("agent.sock").display(),
         state = directory.join("state").display(),
-        certificate = tls.certificate.display(),
-        key = tls.key.display(),
-        authority = tls.authority.display(),
-    )
+    );
+    if let Some(tls) = tls {
+        yaml += &format!(
+            "tls:\n  certificate: {certificate}\n  key: {key}\n  authority: {authority}\n",
+            certificate = tls.certificate.display(),
+            key = tls.key.display(),
+            authority = tls.authority.display(),
+        );
+    }
+    yaml
 }
 
 /// Starts the program and waits for `READY=1` on its notification socket: the word an init system waits for.

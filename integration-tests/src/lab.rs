@@ -4,7 +4,11 @@ use std::{future::Future, net::Ipv4Addr, path::Path, process::Command};
 
 use tempfile::TempDir;
 
-use crate::{agent::Agent, authority::Authority, namespace::Namespace};
+use crate::{
+    agent::Agent,
+    authority::{Authority, Certificate},
+    namespace::Namespace,
+};
 
 /// The network of every lab; labs do not see each other.
 const NETWORK: [u8; 3] = [10, 77, 0];
@@ -154,6 +158,33 @@ impl Lab {
         let host = self.host(name);
         let certificate = self.authority().agent(host.name(), &host.address().to_string());
         Agent::start(host.namespace(), host.address(), &certificate, &self.directory.path().join(host.name()))
+    }
+
+    /// Starts an agent on one host that listens on loopback only, without TLS.
+    ///
+    /// # Panics
+    /// When it does not start.
+    #[must_use]
+    pub fn start_loopback_agent(&self, name: &str) -> Agent {
+        let host = self.host(name);
+        Agent::start_on_loopback(host.namespace(), &self.directory.path().join(host.name()))
+    }
+
+    /// A definition file with a stream for each host, named as the host, dialled with this certificate.
+    #[must_use]
+    pub fn definitions(&self, certificate: &Certificate) -> String {
+        let mut yaml = "streams:\n".to_owned();
+        for host in &self.hosts {
+            yaml += &format!(
+                "  {}:\n    type: tls\n    host: {}\n    ca: {}\n    certificate: {}\n    key: {}\n",
+                host.name(),
+                host.address(),
+                certificate.authority.display(),
+                certificate.certificate.display(),
+                certificate.key.display()
+            );
+        }
+        yaml
     }
 
     /// Cuts a host off: packets vanish both ways, no connection is told.

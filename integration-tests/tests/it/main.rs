@@ -5,5 +5,16 @@
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
+mod access;
+mod barriers;
+mod crashes;
 mod lab;
+mod logs;
+mod look;
+mod support;
 mod tidy;
+mod trees;
+mod two_hosts;
+
+// Local streams of these tests run in this very program.
+millstream::entry!();
