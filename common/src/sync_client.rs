@@ -246,7 +246,12 @@ impl SyncClient {
         if entry.parties == Some(0) {
             return Err(Status::invalid_argument("parties must be 1 to 100,000").into());
         }
-        let answer = self.again(async |mut client| client.enter(request.clone()).await).await?;
+        let answer = self
+            .again(|mut client| {
+                let request = request.clone();
+                async move { client.enter(request).await }
+            })
+            .await?;
         let party =
             |party: v1::Party| Party { name: party.name, arrival: party.arrival, payload: party.payload };
         let waited = answer.wait_duration.and_then(|waited| Duration::try_from(waited).ok());
@@ -264,7 +269,11 @@ impl SyncClient {
     /// When the name or the reason cannot be.
     pub async fn abort(&self, name: &str, reason: &str) -> Result<(), SyncError> {
         let request = v1::AbortRequest { name: name.to_owned(), reason: reason.to_owned() };
-        self.again(async |mut client| client.abort(request.clone()).await).await?;
+        self.again(|mut client| {
+            let request = request.clone();
+            async move { client.abort(request).await }
+        })
+        .await?;
         Ok(())
     }
 
@@ -279,7 +288,13 @@ impl SyncClient {
         };
         let publish_token = self.world.ids.token();
         let request = v1::PublishRequest { topic: topic.to_owned(), text, data, publish_token };
-        Ok(self.again(async |mut client| client.publish(request.clone()).await).await?.index)
+        Ok(self
+            .again(|mut client| {
+                let request = request.clone();
+                async move { client.publish(request).await }
+            })
+            .await?
+            .index)
     }
 
     /// Waits until a topic has `count` values and gives the first `count`. Without a timeout: 60 s.
@@ -294,7 +309,12 @@ impl SyncClient {
     ) -> Result<Vec<TopicValue>, SyncError> {
         let request =
             v1::WaitRequest { topic: topic.to_owned(), count, timeout: timeout.map(convert::duration) };
-        let answer = self.again(async |mut client| client.wait(request.clone()).await).await?;
+        let answer = self
+            .again(|mut client| {
+                let request = request.clone();
+                async move { client.wait(request).await }
+            })
+            .await?;
         Ok(answer.values.into_iter().map(value).collect())
     }
 
@@ -306,7 +326,12 @@ impl SyncClient {
         let mut values: Vec<TopicValue> = Vec::new();
         loop {
             let request = v1::GetRequest { topic: topic.to_owned(), from_index: values.len() as u64 };
-            let answer = self.again(async |mut client| client.get(request.clone()).await).await?;
+            let answer = self
+                .again(|mut client| {
+                    let request = request.clone();
+                    async move { client.get(request).await }
+                })
+                .await?;
             if answer.values.is_empty() {
                 return Ok(values);
             }
@@ -332,7 +357,7 @@ impl SyncClient {
     /// When nobody answers.
     pub async fn barriers(&self) -> Result<Vec<v1::BarrierStatus>, SyncError> {
         let request = v1::ListBarriersRequest {};
-        Ok(self.again(async |mut client| client.list_barriers(request).await).await?.barriers)
+        Ok(self.again(|mut client| async move { client.list_barriers(request).await }).await?.barriers)
     }
 
     /// Every topic of the test.
@@ -341,15 +366,15 @@ impl SyncClient {
     /// When nobody answers.
     pub async fn topics(&self) -> Result<Vec<v1::TopicStatus>, SyncError> {
         let request = v1::ListTopicsRequest {};
-        Ok(self.again(async |mut client| client.list_topics(request).await).await?.topics)
+        Ok(self.again(|mut client| async move { client.list_topics(request).await }).await?.topics)
     }
 
     /// Makes a call again until something answers. Every call here may be repeated: by its token, or because it changes
     /// nothing.
-    async fn again<T>(
-        &self,
-        call: impl AsyncFn(SyncServiceClient<Channel>) -> Result<tonic::Response<T>, Status>,
-    ) -> Result<T, SyncError> {
+    async fn again<T, F>(&self, call: impl Fn(SyncServiceClient<Channel>) -> F) -> Result<T, SyncError>
+    where
+        F: Future<Output = Result<tonic::Response<T>, Status>>,
+    {
         let mut attempt = 1;
         loop {
             match call(self.client.clone()).await {

@@ -6,7 +6,7 @@
 use std::{
     env,
     ffi::OsString,
-    fs,
+    fs::{self, OpenOptions},
     io::{self, Read as _, Write},
     path::PathBuf,
     process::ExitCode,
@@ -30,7 +30,7 @@ Usage: millstream-sync [--json] COMMAND
   get TOPIC                  print the values that are there
   subscribe TOPIC [--from 0] print the values and those that come later
   abort NAME REASON          break a barrier for everybody
-  whiteboard [TEXT | -]      write the task's whiteboard, or print it
+  whiteboard [TEXT | -]      add a line to the task's whiteboard, or print it
   list                       print every barrier and topic
 
 PARTIES may be left out in a block that was run on a group. Timeouts are seconds, or like 2m 30s.
@@ -44,8 +44,8 @@ enum CommandError {
     Usage(String),
     #[error("{variable} is not set: `millstream-sync` works inside a block only")]
     NoVariable { variable: &'static str },
-    #[error("the whiteboard takes at most {limit} bytes, not {length}")]
-    WhiteboardFull { length: usize, limit: u64 },
+    #[error("the whiteboard would have {length} bytes: at most {limit} are allowed")]
+    WhiteboardFull { length: u64, limit: u64 },
     #[error("failed to use `{}`", path.display())]
     File {
         path: PathBuf,
@@ -311,11 +311,23 @@ fn perform(parsed: Parsed, out: &mut impl Write) -> Result<(), CommandError> {
 }
 
 fn write_whiteboard(path: PathBuf, content: &Content) -> Result<(), CommandError> {
-    let (length, limit) = (content.len(), limits::WHITEBOARD_BYTES_MAX);
-    if length as u64 > limit {
-        return Err(CommandError::WhiteboardFull { length, limit });
+    let mut line = content.bytes().to_vec();
+    if !line.ends_with(b"\n") {
+        line.push(b'\n');
     }
-    fs::write(&path, content.bytes()).map_err(|source| CommandError::File { path, source })
+    let add = || {
+        let mut file = OpenOptions::new().create(true).append(true).open(&path)?;
+        let length = file.metadata()?.len().saturating_add(line.len() as u64);
+        if length > limits::WHITEBOARD_BYTES_MAX {
+            return Ok(Some(length));
+        }
+        file.write_all(&line).map(|()| None)
+    };
+    match add() {
+        Ok(None) => Ok(()),
+        Ok(Some(length)) => Err(CommandError::WhiteboardFull { length, limit: limits::WHITEBOARD_BYTES_MAX }),
+        Err(source) => Err(CommandError::File { path, source }),
+    }
 }
 
 /// Prints something, for people or for programs.

@@ -7,254 +7,28 @@
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, VecDeque},
     sync::Arc,
-    time::{Duration, Instant},
+    time::Instant,
 };
 
-use bytes::Bytes;
 use indexmap::IndexMap;
 use millstream_common::{
-    id::{BarrierName, BlockName, StreamName, TaskId, TopicName},
+    id::{BarrierName, StreamName, TaskId, TopicName},
     limits,
 };
 
 use super::{
     CallId, Culprit, Refusal, Speaker,
-    barrier::{self, Barrier, Decided, Decision, Entry, Grace},
-    hopeless::{Finding, Prospects, Wait},
+    barrier::{self, Barrier, Decided, Entry, Grace},
+    hopeless::{Prospects, Wait},
     story::{self, Ended},
-    topic::{self, Content, Topics, Value},
+    topic::{self, Topics},
 };
 
-/// Where a task stands: its stream, its number there, its block.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct SpeakerLabel {
-    /// The stream.
-    pub stream: StreamName,
-    /// Its number in the stream, from 1. A larger number runs later.
-    pub number: u32,
-    /// The block.
-    pub block: BlockName,
-}
+mod evidence;
+mod keeping;
+mod words;
 
-/// What became of a task.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct TaskFate {
-    /// Whether nobody had asked for or expected this end.
-    pub unexpected: bool,
-    /// What it did, to stand behind its name: `failed with exit code 1`.
-    pub sentence: String,
-    /// The last line it printed.
-    pub last_line: Option<String>,
-}
-
-/// What a call asks for.
-#[derive(Debug, Clone)]
-pub enum Request {
-    /// Take part in a barrier.
-    Enter {
-        /// Which.
-        barrier: BarrierName,
-        /// Parties; none: the size of the speaker's group, or for main and people what those who wait have said.
-        parties: Option<u32>,
-        /// Patience.
-        timeout: Duration,
-        /// By what the party is known again.
-        token: Option<Arc<str>>,
-        /// What it brings.
-        payload: Bytes,
-        /// What it wants to be called.
-        display_name: Option<String>,
-    },
-    /// Break a barrier.
-    Abort {
-        /// Which.
-        barrier: BarrierName,
-        /// Why.
-        reason: String,
-    },
-    /// Make a broken barrier usable again.
-    Reset {
-        /// Which.
-        barrier: BarrierName,
-    },
-    /// Set a break point or take it away.
-    Hold {
-        /// Which.
-        barrier: BarrierName,
-        /// True to let it go.
-        release: bool,
-    },
-    /// Append a value.
-    Publish {
-        /// Where.
-        topic: TopicName,
-        /// What.
-        content: Content,
-        /// Makes a repeat harmless.
-        token: Option<Arc<str>>,
-    },
-    /// Wait for values.
-    Await {
-        /// Where.
-        topic: TopicName,
-        /// How many: at least 1.
-        count: u64,
-        /// Patience.
-        timeout: Duration,
-    },
-}
-
-/// What happened.
-#[derive(Debug, Clone)]
-pub enum Event {
-    /// A task was put behind the others of its stream.
-    TaskScheduled {
-        /// The task.
-        task: TaskId,
-        /// Where it stands.
-        label: SpeakerLabel,
-        /// The only barriers it takes part in; none: any.
-        joins: Option<Vec<BarrierName>>,
-        /// Size of the group that its block was run on.
-        group_size: Option<u32>,
-    },
-    /// A task does something else now.
-    TaskProgressed {
-        /// The task.
-        task: TaskId,
-        /// What, as one line.
-        text: String,
-    },
-    /// A task ended.
-    TaskEnded {
-        /// The task.
-        task: TaskId,
-        /// What became of it.
-        fate: TaskFate,
-    },
-    /// The host of these tasks does not answer.
-    SessionSuspended {
-        /// The tasks.
-        tasks: Vec<TaskId>,
-    },
-    /// It answers again.
-    SessionResumed {
-        /// The tasks.
-        tasks: Vec<TaskId>,
-    },
-    /// Main waits for the end, or has stopped doing so.
-    MainWaited {
-        /// Whether it waits.
-        waiting: bool,
-    },
-    /// Main has said which barriers it will still send somebody to.
-    MainDeclared {
-        /// The barriers.
-        names: Vec<BarrierName>,
-    },
-    /// Somebody asks for something.
-    Asked {
-        /// The call that is to be answered.
-        call: CallId,
-        /// Who.
-        speaker: Speaker,
-        /// What.
-        request: Request,
-    },
-    /// A call that waited is gone.
-    Left {
-        /// The call.
-        call: CallId,
-        /// Whether the connection took it along, not its caller.
-        link_down: bool,
-    },
-    /// Time went by.
-    TimePassed,
-}
-
-/// What is to be done.
-#[derive(Debug)]
-pub enum Action {
-    /// Answer a call. One that nobody waits for any more needs none.
-    Answer {
-        /// The call.
-        call: CallId,
-        /// What to say.
-        answer: Answer,
-    },
-    /// Wake whoever reads this topic.
-    Grew {
-        /// The topic.
-        topic: TopicName,
-    },
-}
-
-/// What a call is told.
-#[derive(Debug, Clone)]
-pub enum Answer {
-    /// Everybody came.
-    Released {
-        /// The meeting.
-        decided: Arc<Decided>,
-        /// The caller's place in it.
-        arrival: u32,
-    },
-    /// Not everybody will have come.
-    Broken {
-        /// The meeting.
-        decided: Arc<Decided>,
-        /// The caller's place in it; none: it came too late.
-        arrival: Option<u32>,
-    },
-    /// The value has this index.
-    Indexed(u64),
-    /// The values waited for.
-    Values(Vec<Arc<Value>>),
-    /// Patience ended.
-    TimedOut(String),
-    /// Nobody is left who could publish.
-    GivenUp(String),
-    /// It is done.
-    Done,
-    /// It is refused.
-    Refused(Refusal),
-}
-
-/// A meeting as it is kept for the results.
-#[derive(Debug, Clone)]
-pub struct MeetingRecord {
-    /// Name of the barrier.
-    pub name: BarrierName,
-    /// Which generation.
-    pub generation: u64,
-    /// Parties it needed.
-    pub parties: u32,
-    /// When it was decided.
-    pub decided: Instant,
-    /// Why it broke; none: it was released.
-    pub broken: Option<String>,
-    /// Who broke it.
-    pub culprit: Option<Culprit>,
-    /// What people did to it.
-    pub by_hand: Vec<String>,
-    /// Who came, in order; the last one came last.
-    pub waits: Vec<WaitRecord>,
-    /// Parties that are not listed, because too many waits are on record.
-    pub omitted: usize,
-}
-
-/// One party's wait.
-#[derive(Debug, Clone)]
-pub struct WaitRecord {
-    /// Who.
-    pub speaker: Speaker,
-    /// What it is called.
-    pub label: Arc<str>,
-    /// When it came.
-    pub entered: Instant,
-    /// How long it waited.
-    pub waited: Duration,
-}
+pub use words::{Action, Answer, Event, MeetingRecord, Request, SpeakerLabel, TaskFate, WaitRecord};
 
 #[derive(Debug)]
 struct Task {
@@ -382,21 +156,6 @@ impl Board {
             Speaker::Main => "main".into(),
             Speaker::ByHand => "by hand".into(),
         }
-    }
-
-    /// Tasks that could still come to a barrier and what they do now, one line each, at most `count_max`.
-    #[must_use]
-    pub fn missing(&self, barrier: &Barrier, count_max: usize, now: Instant) -> Vec<String> {
-        let inside: BTreeSet<Speaker> =
-            barrier.meeting().into_iter().flat_map(|meeting| &meeting.arrivals).map(|a| a.speaker).collect();
-        self.prospects
-            .unfinished(barrier.name())
-            .filter(|&(task, may)| may && !inside.contains(&Speaker::Task(task)))
-            .take(count_max)
-            .filter_map(|(task, _)| {
-                self.tasks.get(&task).map(|t| format!("{}: {}", t.label, self.doing(task, now)))
-            })
-            .collect()
     }
 
     fn schedule(
@@ -623,7 +382,11 @@ impl Board {
                 }
                 actions.push(refuse(old, Refusal::Superseded));
             }
-            barrier::Action::Deliver { call, decided, arrival } => {
+            barrier::Action::Deliver { call, speaker, decided, arrival } => {
+                if let Speaker::Task(task) = speaker {
+                    let broken = decided.as_break();
+                    self.follow_up(task, broken.is_some(), broken.and_then(|cause| cause.culprit.as_ref()));
+                }
                 actions.push(Action::Answer { call, answer: Answer::of(&decided, arrival) });
             }
             barrier::Action::Refuse { call, refusal } => actions.push(refuse(call, refusal)),
@@ -685,51 +448,6 @@ impl Board {
         }
     }
 
-    fn record(&mut self, decided: &Decided) {
-        let meeting = &decided.meeting;
-        let room = RECORDED_WAITS_COUNT_MAX.saturating_sub(self.recorded_waits);
-        let listed = meeting.arrivals.len().min(room);
-        self.recorded_waits += listed;
-        if self.records.len() >= RECORDED_WAITS_COUNT_MAX {
-            return;
-        }
-        let waits = meeting.arrivals.iter().take(listed).map(|arrival| WaitRecord {
-            speaker: arrival.speaker,
-            label: arrival.label.clone(),
-            entered: arrival.entered,
-            waited: decided.at.duration_since(arrival.entered),
-        });
-        let broken = decided.as_break();
-        self.records.push(MeetingRecord {
-            name: meeting.name.clone(),
-            generation: meeting.generation,
-            parties: meeting.parties,
-            decided: decided.at,
-            broken: broken.map(|cause| cause.sentence.clone()),
-            culprit: broken.and_then(|cause| cause.culprit.clone()),
-            by_hand: meeting.by_hand.clone(),
-            waits: waits.collect(),
-            omitted: meeting.arrivals.len() - listed,
-        });
-    }
-
-    /// Bounds what can be asked for again: whole meetings go, oldest first.
-    fn keep_latched(&mut self, index: usize, decided: Arc<Decided>) {
-        self.latched_parties += decided.meeting.arrivals.len();
-        self.latched_bytes += decided.payload_bytes();
-        self.latched.push_back((index, decided));
-        while self.latched.len() > 1
-            && (self.latched_parties > LATCHED_PARTIES_COUNT_MAX
-                || self.latched_bytes > LATCHED_PAYLOADS_BYTES_MAX
-                || self.latched.len() > LATCHED_PARTIES_COUNT_MAX)
-        {
-            let Some((index, old)) = self.latched.pop_front() else { break };
-            self.latched_parties -= old.meeting.arrivals.len();
-            self.latched_bytes -= old.payload_bytes();
-            self.barriers[index].barrier.forget(&old);
-        }
-    }
-
     /// Tells the count and the timer what a barrier needs now.
     fn refresh(&mut self, index: usize) {
         let slot = &mut self.barriers[index];
@@ -786,126 +504,6 @@ impl Board {
         }
         values.truncate(wanted);
         Answer::Values(values)
-    }
-
-    /// Ends every wait that can no longer be met. Each round ends at least one, so it comes to an end.
-    fn end_hopeless(&mut self, now: Instant, actions: &mut Vec<Action>) {
-        loop {
-            if !self.main.waiting && !self.any_unexpected {
-                return;
-            }
-            let declared = &self.main.declared;
-            let main = |barrier: Option<&BarrierName>| barrier.is_some_and(|name| declared.contains(name));
-            let Finding { absent, circle } = self.prospects.search(main);
-            let mut stories: Vec<(Wait, String, Option<Culprit>)> = Vec::new();
-            for wait in absent {
-                let (sentence, culprit) = self.tell_absence(wait, now);
-                stories.push((wait, sentence, culprit));
-            }
-            if !circle.is_empty() {
-                let told = story::circle(&circle, |wait| self.place_name(wait), |task| self.long(task));
-                for link in &circle {
-                    let sentence = match self.counts(link.wait) {
-                        Some((entered, parties)) => format!("{entered} of {parties} entered; {told}"),
-                        None => told.clone(),
-                    };
-                    stories.push((link.wait, sentence, None));
-                }
-            }
-            if stories.is_empty() {
-                return;
-            }
-            for (wait, sentence, culprit) in stories {
-                match wait {
-                    Wait::Barrier(index) => {
-                        self.feed(index, barrier::Event::FoundHopeless { sentence, culprit }, now, actions);
-                    }
-                    Wait::Topic(call) => {
-                        let call = CallId(call);
-                        if let (Some(culprit), Some(Place { speaker: Speaker::Task(task), .. })) =
-                            (culprit, self.calls.get(&call))
-                        {
-                            self.followers.insert(*task, culprit);
-                        }
-                        self.feed_topics(topic::Event::FoundHopeless { call, sentence }, now, actions);
-                    }
-                }
-            }
-        }
-    }
-
-    /// Why too few are left for a wait, and whose end that was.
-    fn tell_absence(&self, wait: Wait, now: Instant) -> (String, Option<Culprit>) {
-        let left = self.prospects.left_for(wait);
-        let name = match wait {
-            Wait::Barrier(index) => Some(self.barriers[index].barrier.name()),
-            Wait::Topic(_) => None,
-        };
-        let (reason, culprit) = story::absence(name, &self.unexpected, &self.ended, self.tasks.len(), now);
-        match self.counts(wait) {
-            Some((entered, parties)) => (story::too_few(entered, parties, left, &reason), culprit),
-            None => (format!("nobody is left who could publish: {reason}"), culprit),
-        }
-    }
-
-    fn counts(&self, wait: Wait) -> Option<(usize, u32)> {
-        let Wait::Barrier(index) = wait else { return None };
-        let meeting = self.barriers[index].barrier.meeting()?;
-        Some((meeting.arrivals.len(), meeting.parties))
-    }
-
-    fn place_name(&self, wait: Wait) -> String {
-        match wait {
-            Wait::Barrier(index) => format!("barrier `{}`", self.barriers[index].barrier.name()),
-            Wait::Topic(call) => self
-                .topics
-                .awaited(CallId(call))
-                .map_or_else(String::new, |(topic, _)| format!("topic `{topic}`")),
-        }
-    }
-
-    fn long(&self, task: TaskId) -> String {
-        self.tasks.get(&task).map_or_else(|| "a task".to_owned(), |t| t.long.clone())
-    }
-
-    /// What a task does now, as half a sentence.
-    fn doing(&self, task: TaskId, now: Instant) -> String {
-        let Some(task) = self.tasks.get(&task) else { return "has ended".to_owned() };
-        let waits = task.calls.first().and_then(|call| {
-            let place = self.calls.get(call)?;
-            let since = match place.wait {
-                Wait::Barrier(index) => self.barriers[index].barrier.arrival(*call)?.entered,
-                Wait::Topic(_) => self.topics.awaited(*call)?.1,
-            };
-            Some((self.place_name(place.wait), since))
-        });
-        story::doing(waits, task.doing.as_ref(), task.suspended, now)
-    }
-
-    /// Puts what only the board knows behind the sentence of a break, before it is told to anybody.
-    fn add_evidence(&self, index: usize, decided: &mut Decided, now: Instant) {
-        let Decision::Broken(cause) = &mut decided.decision else { return };
-        match cause.cause {
-            barrier::Cause::TimedOut => {
-                let inside: BTreeSet<Speaker> = decided.meeting.arrivals.iter().map(|a| a.speaker).collect();
-                let name = self.barriers[index].barrier.name();
-                let missing = self
-                    .prospects
-                    .unfinished(name)
-                    .filter(|&(task, may)| may && !inside.contains(&Speaker::Task(task)))
-                    .take(EVIDENCE_COUNT_MAX)
-                    .map(|(task, _)| format!("{} {}", self.long(task), self.doing(task, now)));
-                story::append_missing(&mut cause.sentence, missing);
-            }
-            barrier::Cause::Lost | barrier::Cause::Aborted | barrier::Cause::OtherCount => {
-                if let Some(task) = cause.culprit.as_ref().and_then(Culprit::task)
-                    && let Some((text, since)) = self.tasks.get(&task).and_then(|t| t.doing.as_ref())
-                {
-                    story::append_doing(&mut cause.sentence, text, now.duration_since(*since));
-                }
-            }
-            barrier::Cause::Died | barrier::Cause::Hopeless => {}
-        }
     }
 
     fn display(&self, speaker: Speaker, display_name: Option<String>) -> Arc<str> {
@@ -987,15 +585,6 @@ impl Board {
 
 /// Ended tasks that a story can be told of, of each kind.
 const ENDED_COUNT_MAX: usize = 64;
-/// Missing tasks named when patience ends.
-const EVIDENCE_COUNT_MAX: usize = 3;
-/// Waits in the results; of later ones only the meetings are kept.
-const RECORDED_WAITS_COUNT_MAX: usize = 200_000;
-/// Parties whose decision can be asked for again: twice the largest meeting.
-const LATCHED_PARTIES_COUNT_MAX: usize = 2 * limits::BARRIER_PARTIES_MAX as usize;
-/// Payloads kept for that.
-const LATCHED_PAYLOADS_BYTES_MAX: usize = 16 * 1024 * 1024;
-
 /// What stands at the beginning of tokens that the relay makes up: no caller can send it.
 pub const IMPLICIT_TOKEN: char = '\0';
 
@@ -1007,22 +596,5 @@ fn refuse(call: CallId, refusal: Refusal) -> Action {
     Action::Answer { call, answer: Answer::Refused(refusal) }
 }
 
-impl Answer {
-    fn of(decided: &Arc<Decided>, arrival: Option<u32>) -> Self {
-        match (&decided.decision, arrival) {
-            (Decision::Released, Some(arrival)) => Self::Released { decided: decided.clone(), arrival },
-            _ => Self::Broken { decided: decided.clone(), arrival },
-        }
-    }
-}
-
-impl Request {
-    /// What blocks may not do.
-    fn reserved(&self) -> Option<&'static str> {
-        match self {
-            Self::Reset { .. } => Some("reset a barrier"),
-            Self::Hold { .. } => Some("hold a barrier"),
-            Self::Enter { .. } | Self::Abort { .. } | Self::Publish { .. } | Self::Await { .. } => None,
-        }
-    }
-}
+#[cfg(test)]
+mod tests;

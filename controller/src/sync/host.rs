@@ -22,7 +22,6 @@ use millstream_common::{
     sync_client::{Party, Released},
 };
 use millstream_proto::v1;
-use serde::Serialize;
 use tokio::{
     runtime::Handle,
     sync::{Notify, mpsc, oneshot},
@@ -31,7 +30,7 @@ use tokio_stream::Stream;
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    CallId, Culprit, Refusal, Speaker,
+    CallId, Culprit, Speaker,
     barrier::{Barrier, Decided},
     board::{Action, Answer, Board, Event, Request},
     port::{self, ListenError},
@@ -39,7 +38,12 @@ use super::{
     topic::{Content, Topics, Value},
 };
 
+mod errors;
+mod records;
+
 pub use super::board::{SpeakerLabel, TaskFate};
+pub use errors::{AwaitError, EnterError, PublishError};
+pub use records::{BarrierRecord, SyncRecords, TopicRecord, WaitRecord};
 
 /// A handle to the barriers and topics of one scope.
 #[derive(Debug, Clone)]
@@ -88,80 +92,6 @@ impl Line {
     fn is_down(&self) -> bool {
         self.down.load(Ordering::Acquire)
     }
-}
-
-/// Why main, or whoever else asked for it, did not pass a barrier.
-#[derive(Debug, Clone, thiserror::Error)]
-pub enum EnterError {
-    /// The meeting broke.
-    #[error("{message}")]
-    Broken {
-        /// Who broke it, where, why, and how long was waited.
-        message: String,
-        /// Who it was, if it was one.
-        culprit: Option<Culprit>,
-    },
-    /// The entry cannot be.
-    #[error("barrier `{name}` was not entered")]
-    Refused {
-        /// The barrier.
-        name: BarrierName,
-        /// Why.
-        #[source]
-        source: Refusal,
-    },
-    /// The test is over.
-    #[error("barrier `{name}` was not entered: the test is over")]
-    Over {
-        /// The barrier.
-        name: BarrierName,
-    },
-}
-
-/// Why a value was not published.
-#[derive(Debug, Clone, thiserror::Error)]
-pub enum PublishError {
-    /// The value cannot be taken.
-    #[error("nothing was published to topic `{topic}`")]
-    Refused {
-        /// The topic.
-        topic: TopicName,
-        /// Why.
-        #[source]
-        source: Refusal,
-    },
-    /// The test is over.
-    #[error("nothing was published to topic `{topic}`: the test is over")]
-    Over {
-        /// The topic.
-        topic: TopicName,
-    },
-}
-
-/// Why a wait for values ended without them.
-#[derive(Debug, Clone, thiserror::Error)]
-pub enum AwaitError {
-    /// Patience ended.
-    #[error("{0}")]
-    TimedOut(String),
-    /// Nobody is left who could publish.
-    #[error("{0}")]
-    GivenUp(String),
-    /// It cannot be waited for.
-    #[error("topic `{topic}` was not waited for")]
-    Refused {
-        /// The topic.
-        topic: TopicName,
-        /// Why.
-        #[source]
-        source: Refusal,
-    },
-    /// The test is over.
-    #[error("topic `{topic}` was not waited for: the test is over")]
-    Over {
-        /// The topic.
-        topic: TopicName,
-    },
 }
 
 impl SyncHost {
@@ -319,44 +249,7 @@ impl SyncHost {
     #[must_use]
     pub fn records(&self) -> SyncRecords {
         let (now, wall_ns) = (self.now(), self.shared.world.clock.wall_ns());
-        let to_wall = |at: Instant| {
-            let ago = now.saturating_duration_since(at).as_nanos();
-            wall_ns.saturating_sub(u64::try_from(ago).unwrap_or(u64::MAX))
-        };
-        let inner = self.lock();
-        let barriers = inner.board.records().iter().map(|record| BarrierRecord {
-            name: record.name.clone(),
-            generation: record.generation,
-            parties: record.parties,
-            decided_time_ns: to_wall(record.decided),
-            released: record.broken.is_none(),
-            broken: record.broken.clone(),
-            culprit: record.culprit.as_ref().map(|culprit| culprit.label.to_string()),
-            culprit_task: record.culprit.as_ref().and_then(Culprit::task),
-            last: record.waits.last().map(|wait| wait.label.to_string()),
-            by_hand: record.by_hand.clone(),
-            waits: record
-                .waits
-                .iter()
-                .map(|wait| WaitRecord {
-                    party: wait.label.to_string(),
-                    task: match wait.speaker {
-                        Speaker::Task(task) => Some(task),
-                        Speaker::Main | Speaker::ByHand => None,
-                    },
-                    by_hand: wait.speaker == Speaker::ByHand,
-                    entered_time_ns: to_wall(wait.entered),
-                    waited_ns: u64::try_from(wait.waited.as_nanos()).unwrap_or(u64::MAX),
-                })
-                .collect(),
-            omitted_count: record.omitted,
-        });
-        let barriers = barriers.collect();
-        let topics = inner.board.topics().list();
-        let topics = topics
-            .map(|(name, count, size_bytes)| TopicRecord { name: name.clone(), count, size_bytes })
-            .collect();
-        SyncRecords { barriers, topics }
+        records::collect(&self.lock().board, now, wall_ns)
     }
 
     /// Serves one session's relay until `inbound` ends, for whatever task its agent vouches for. Returns when the last
@@ -660,81 +553,4 @@ pub(crate) fn released(decided: &Decided, arrival: u32) -> Released {
 pub(crate) fn roll(decided: &Decided) -> impl Iterator<Item = (u32, &super::barrier::Arrival)> {
     let all = decided.meeting.arrivals.len() <= limits::BARRIER_ROLL_PARTIES_MAX;
     (0..).zip(&decided.meeting.arrivals).filter(move |(_, party)| all || !party.payload.is_empty())
-}
-
-/// What came of the barriers and topics of a scope, for `test.json`.
-#[derive(Debug, Clone, Serialize)]
-pub struct SyncRecords {
-    /// Every decided meeting, in order of decision.
-    pub barriers: Vec<BarrierRecord>,
-    /// Every topic.
-    pub topics: Vec<TopicRecord>,
-}
-
-/// One decided meeting.
-#[derive(Debug, Clone, Serialize)]
-pub struct BarrierRecord {
-    /// Name of the barrier.
-    pub name: BarrierName,
-    /// Which generation, from 1.
-    pub generation: u64,
-    /// Parties it needed.
-    pub parties: u32,
-    /// When it was decided, in nanoseconds since 1970 by the controller's clock.
-    pub decided_time_ns: u64,
-    /// Whether it was released.
-    pub released: bool,
-    /// Why it broke.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub broken: Option<String>,
-    /// Who broke it.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub culprit: Option<String>,
-    /// The task that broke it, when it was one.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub culprit_task: Option<TaskId>,
-    /// Who came last.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub last: Option<String>,
-    /// What people did to it.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
-    pub by_hand: Vec<String>,
-    /// Every party's wait, in order of arrival.
-    pub waits: Vec<WaitRecord>,
-    /// Parties that are not listed, because too many waits are on record.
-    #[serde(skip_serializing_if = "is_zero")]
-    pub omitted_count: usize,
-}
-
-/// One party's wait.
-#[derive(Debug, Clone, Serialize)]
-pub struct WaitRecord {
-    /// What the party is called.
-    pub party: String,
-    /// Its task, when it is one.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub task: Option<TaskId>,
-    /// Whether a person entered.
-    #[serde(skip_serializing_if = "std::ops::Not::not")]
-    pub by_hand: bool,
-    /// When it came, in nanoseconds since 1970 by the controller's clock.
-    pub entered_time_ns: u64,
-    /// How long it waited, in nanoseconds.
-    pub waited_ns: u64,
-}
-
-/// One topic.
-#[derive(Debug, Clone, Serialize)]
-pub struct TopicRecord {
-    /// Its name.
-    pub name: TopicName,
-    /// Number of its values.
-    pub count: u64,
-    /// Bytes of its values.
-    pub size_bytes: u64,
-}
-
-#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde asks with a reference")]
-fn is_zero(count: &usize) -> bool {
-    *count == 0
 }
