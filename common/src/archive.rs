@@ -13,7 +13,7 @@ mod tests;
 
 pub use extract::{ExtractError, Extracted, Extractor};
 pub use header::Refusal;
-pub use pack::{PackError, Packed, is_nothing_left, pack};
+pub use pack::{PackError, Packed, pack};
 
 /// Entry for the whiteboard of a task.
 pub const WHITEBOARD: &str = "whiteboard";

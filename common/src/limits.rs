@@ -158,6 +158,12 @@ pub const USER_NAME_BYTES_MAX: usize = 256;
 pub const ENVIRONMENT_VALUE_BYTES_MAX: usize = 128 * KIB;
 /// One blob.
 pub const BLOB_BYTES_MAX: u64 = 8 * GIB;
+/// Blobs of one host together, unless its configuration says otherwise; past it, the least recently used go.
+pub const BLOBS_BYTES_MAX: u64 = 32 * GIB;
+/// How long a blob is kept without being used.
+pub const BLOB_AGE_MAX: Duration = Duration::from_secs(30 * 24 * 3600);
+/// How long a blob is kept at least after it was used or asked for: the task that needs it may still be on its way.
+pub const BLOB_AGE_MIN: Duration = Duration::from_secs(3600);
 /// Blobs asked for in one call.
 pub const BLOBS_COUNT_MAX: usize = 10_000;
 

@@ -1117,3 +1117,6 @@ fn barriers(sync: &SyncHost) -> Vec<BarrierReport> {
         })
         .collect()
 }
+
+#[cfg(test)]
+mod tests;

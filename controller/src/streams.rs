@@ -544,7 +544,7 @@ impl StreamsBuilder {
     }
 
     fn definitions(&self) -> Result<Vec<Definition>, OpenError> {
-        let kinds = Kinds { registered: reach::kinds() };
+        let kinds = Kinds { registered: reach::registered() };
         let mut code = Definitions::default();
         for (name, url) in &self.urls {
             code.add(definition::from_url(name, url, Origin::named("the test"), &kinds)?)?;
@@ -704,7 +704,7 @@ impl Streams {
     /// # Errors
     /// When the name is taken, or name or URL are not valid.
     pub fn add(&self, name: impl AsRef<str>, url: impl AsRef<str>) -> Result<Stream, StreamError> {
-        let kinds = Kinds { registered: reach::kinds() };
+        let kinds = Kinds { registered: reach::registered() };
         let definition =
             definition::from_url(name.as_ref(), url.as_ref(), Origin::named("the test"), &kinds)?;
         self.core.define(definition).map(|shared| self.stream(shared))

@@ -92,26 +92,6 @@ pub fn pack(output_dir: &Path, whiteboard: &Path, target: &Path) -> Result<Optio
     }
 }
 
-/// Whether a task left nothing at all: one look at the directory and one at the whiteboard.
-///
-/// # Errors
-/// When the directory cannot be read.
-pub fn is_nothing_left(output_dir: &Path, whiteboard: &Path) -> Result<bool, PackError> {
-    let mut skipped = Skipped::default();
-    let Some(output) = open_output(output_dir, &mut skipped)? else { return Ok(skipped.lines.is_empty()) };
-    let read_error = |error: Errno| PackError::Read { path: output_dir.to_owned(), source: error.into() };
-    for entry in Dir::new(output).map_err(read_error)? {
-        let name = entry.map_err(read_error)?;
-        if !matches!(name.file_name().to_bytes(), b"." | b"..") {
-            return Ok(false);
-        }
-    }
-    Ok(match statat(CWD, whiteboard, AtFlags::SYMLINK_NOFOLLOW) {
-        Ok(stat) => FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile && stat.st_size == 0,
-        Err(_) => true,
-    })
-}
-
 /// What was left out, for people.
 #[derive(Debug, Default)]
 struct Skipped {

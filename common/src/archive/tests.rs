@@ -86,11 +86,9 @@ fn snapshot(root: &Path) -> BTreeMap<PathBuf, (u32, Vec<u8>)> {
 #[test]
 fn nothing_left_makes_no_archive() {
     let task = Task::new();
-    assert!(is_nothing_left(&task.output(), &task.whiteboard()).unwrap());
     assert_eq!(task.pack(), None);
     assert!(!task.archive().exists());
     fs::write(task.whiteboard(), "").unwrap();
-    assert!(is_nothing_left(&task.output(), &task.whiteboard()).unwrap());
     assert_eq!(task.pack(), None);
     fs::remove_dir(task.output()).unwrap();
     assert_eq!(task.pack(), None, "a block may remove its output directory");
@@ -113,7 +111,6 @@ fn results_come_home_as_they_were() {
     symlink("../empty", output.join("a/link")).unwrap();
     symlink(format!("b/c/{long}/{long}"), output.join("a/long link")).unwrap();
     fs::write(task.whiteboard(), "8.2 Gbit/s").unwrap();
-    assert!(!is_nothing_left(&output, &task.whiteboard()).unwrap());
 
     let packed = task.pack().unwrap();
     assert_eq!(packed.skipped, Vec::<String>::new());
