@@ -1,4 +1,46 @@
-//! Blocks of code in streams on many hosts from inside one test, held at barriers.
+//! Blocks of code in *streams* on many hosts from inside one test, held at *barriers*.
+//!
+//! A [`Block`] is a piece of code: shell text, a program, Python, a script, or a Rust function of this very file. A
+//! [`Stream`] is a named place where blocks run one after another: on this machine, or on any host where an agent runs.
+//! A [`Task`] is one block scheduled on one stream, and an [`Outcome`] is what came of it.
+//!
+//! ```no_run
+//! use millstream::{BlockContext, BlockResult, Ready, Streams, shell};
+//!
+//! millstream::entry!(); // lets this test binary be the agent of local streams, and the payload of its own blocks
+//!
+//! #[millstream::block]
+//! fn greet(ctx: &mut BlockContext, name: String) -> BlockResult {
+//!     ctx.barrier("met", 2)?; // waits for the other stream
+//!     ctx.whiteboard(format!("hello {name}"))?;
+//!     Ok(())
+//! }
+//!
+//! # #[tokio::main]
+//! async fn two_streams_meet() -> millstream::Result<()> {
+//!     let streams = Streams::open("two_streams_meet")?; // connects nothing: streams start when first used
+//!     let server = streams.get("server")?.run_bg(shell("echo listening; millstream-sync barrier met 2; sleep 60"));
+//!     server.ready(Ready::log("listening")).await?;
+//!     let outcome = streams.get("client")?.run_fg(greet("world".to_owned())).await?;
+//!     println!("{}", outcome.whiteboard());
+//!     server.stop().await; // ends as `stopped`, which is no failure
+//!     streams.wait().await?; // every unexpected end of any task, one failure for each cause
+//!     Ok(streams.close().await?)
+//! }
+//! # two_streams_meet()
+//! ```
+//!
+//! Where streams run is data: `MILLSTREAM_STREAMS=server=tls://foo.example.com,client=local` moves the test above to
+//! another host. See [`definition`] for files, and [`reach`] for places of your own.
+//!
+//! # Bird's eye
+//!
+//! Handles ([`Streams`], [`Stream`], [`Task`]) number what is scheduled and hand it to the *driver*, one loop on a thread
+//! of its own. It feeds one pure queue for each stream, and one *link* for each agent, which keeps a session there by
+//! a lease. Agents run what blocks were compiled to and know none of their kinds. Barriers and topics are hosted here
+//! ([`sync`]) and reached by blocks through their agent. Results are written while they arrive ([`results`]).
+//!
+//! No call needs a runtime, and [`blocking`] has the waits for plain tests.
 
 // The macros name this crate as its users do; its own tests use them, too.
 #[cfg(test)]

@@ -7,16 +7,14 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
-    future::{Future, poll_fn},
+    future::Future,
     pin::pin,
     sync::{Arc, Mutex, PoisonError},
-    task::Poll,
     time::Duration,
 };
 
 use millstream_common::{
     clock::World,
-    convert,
     id::{SessionId, TaskId},
     limits,
     outcome::{Phase, Reason, TaskEnd},
@@ -35,22 +33,20 @@ use tracing::{debug, info, warn};
 use crate::{
     block::compile::Upload,
     driver::{mailbox::Mailbox, scribe::Recorder},
-    reach::{DialError, Reach},
+    reach::Reach,
     results::timeline::HostClock,
     sync::host::SyncHost,
 };
 
 mod bulk;
+mod calls;
+mod events;
+mod open;
 mod relay;
 
-/// Protocol numbers that this controller speaks.
-const PROTOCOL: u32 = 1;
-
-/// Tasks named in one release.
-const RELEASE_COUNT_MAX: usize = 1_000;
-
-/// How often a start that the host answers with an unknown failure is tried on new connections.
-const START_ATTEMPTS_MAX: u32 = 5;
+use calls::{begin_in_order, keep, release, signal, start};
+use events::watch_session;
+use open::{Attempt, OpenError};
 
 /// What the driver wants of a link.
 #[derive(Debug)]
@@ -459,7 +455,7 @@ impl Loop {
         ));
         let (bulk_orders, mut bulk_wanted) = tokio::sync::mpsc::channel(limits::STREAM_WINDOW_COUNT);
         jobs.spawn(watch_session(connection.clone(), shared.clone(), Arc::clone(&self.reports), bulk_orders));
-        jobs.spawn(relay::serve(connection.clone(), self.sync.clone()));
+        jobs.spawn(relay::serve(connection.clone(), shared.clone(), self.sync.clone()));
         let mut released: BTreeSet<TaskId> = BTreeSet::new();
         let mut releasing: Option<tokio::task::JoinHandle<()>> = None;
         loop {
@@ -564,79 +560,6 @@ impl Loop {
     }
 }
 
-/// One attempt to open a session or to come back to it.
-struct Attempt {
-    reach: Arc<dyn Reach>,
-    world: World,
-    options: LinkOptions,
-    session: Session,
-    previous: Option<Session>,
-    resume: bool,
-    number: u64,
-}
-
-impl Attempt {
-    fn of(link: &Loop, session: &Session, resume: bool, number: u64) -> Self {
-        Self {
-            reach: Arc::clone(&link.reach),
-            world: link.world.clone(),
-            options: link.options.clone(),
-            session: session.clone(),
-            previous: link.previous.clone(),
-            resume,
-            number,
-        }
-    }
-
-    async fn open(self) -> Result<(Connection, Opened, Instant), OpenError> {
-        let mut control = dial(&*self.reach).await?;
-        if !self.resume
-            && let Some(previous) = &self.previous
-        {
-            // Whatever still runs in it must be gone before anything new runs beside it. A host that does not know it any
-            // more is as clean as one that has just closed it.
-            let request = v1::CloseSessionRequest { session: Some(previous.key()) };
-            if let Err(status) = control.close_session(request).await
-                && pipe::is_transport_failure(&status)
-            {
-                return Err(OpenError::Again(pipe::call_failure(&status)));
-            }
-        }
-        let request = v1::OpenSessionRequest {
-            session_id: self.session.id.to_string(),
-            secret: self.session.secret.clone(),
-            protocol_min: PROTOCOL,
-            protocol_max: PROTOCOL,
-            required_features: Vec::new(),
-            version: env!("CARGO_PKG_VERSION").to_owned(),
-            client: self.options.client.clone(),
-            lease_duration: Some(convert::duration(self.options.lease)),
-            exclusive: self.options.exclusive,
-            resume: self.resume,
-        };
-        let sent = self.world.clock.now();
-        let sent_ns = self.world.clock.wall_ns();
-        let response = control.open_session(request).await.map_err(|status| refused(&status))?.into_inner();
-        let received_ns = self.world.clock.wall_ns();
-        let mut clock = HostClock::default();
-        if let Some(time) = &response.host_time {
-            clock.measure(sent_ns, convert::timestamp_ns(time), received_ns);
-        }
-        let session = Session { epoch: response.epoch, ..self.session };
-        let opened = Opened {
-            version: response.version,
-            host: response.host.unwrap_or_default(),
-            capabilities: response.capabilities.unwrap_or_default(),
-            clock,
-        };
-        Ok((
-            Connection { number: self.number, control, session },
-            opened,
-            sent + believed(self.options.lease),
-        ))
-    }
-}
-
 /// How long this side believes in a lease, counted from sending its renewal.
 fn believed(lease: Duration) -> Duration {
     lease - lease / 10
@@ -654,65 +577,8 @@ fn tasks_of(shared: &Shared) -> Vec<TaskId> {
         .collect()
 }
 
-/// Why a session could not be opened.
-enum OpenError {
-    /// Trying again may help.
-    Again(String),
-    /// Trying again is useless. `gone`: the session that was to be resumed is over.
-    Final { why: String, gone: bool },
-}
-
-impl From<DialError> for OpenError {
-    fn from(error: DialError) -> Self {
-        if error.is_final() {
-            Self::Final { why: error.to_string(), gone: false }
-        } else {
-            Self::Again(error.to_string())
-        }
-    }
-}
-
-/// A channel over a new pipe.
-async fn dial(reach: &dyn Reach) -> Result<Client, OpenError> {
-    let pipe = timeout(limits::HANDSHAKE_MAX, reach.dial())
-        .await
-        .map_err(|_| OpenError::Again(format!("no connection within {}", spoken(limits::HANDSHAKE_MAX))))??;
-    let channel = pipe::endpoint_channel(|| async { Ok(pipe) })
-        .await
-        .map_err(|error| OpenError::Again(error.to_string()))?;
-    Ok(AgentServiceClient::new(channel)
-        .max_decoding_message_size(limits::BULK_MESSAGE_BYTES_MAX)
-        .max_encoding_message_size(limits::BULK_MESSAGE_BYTES_MAX))
-}
-
 fn session_is_gone(status: &Status) -> bool {
     status.code() == Code::FailedPrecondition && status.message().starts_with("session")
-}
-
-/// What the refusal of a session means.
-fn refused(status: &Status) -> OpenError {
-    let why = printable(pipe::call_failure(status).as_bytes(), limits::TEXT_BYTES_MAX);
-    if pipe::is_transport_failure(status) {
-        // With TLS 1.3 an agent's refusal of a certificate is seen only now. It will not change its mind.
-        return if why.starts_with("the agent refused") {
-            OpenError::Final { why, gone: false }
-        } else {
-            OpenError::Again(why)
-        };
-    }
-    match status.code() {
-        Code::FailedPrecondition => OpenError::Final { why, gone: session_is_gone(status) },
-        Code::Unauthenticated | Code::PermissionDenied | Code::InvalidArgument => {
-            OpenError::Final { why, gone: false }
-        }
-        Code::Unimplemented => OpenError::Final {
-            why: format!(
-                "it is no agent of this protocol ({why}): check the address and the version of what runs there"
-            ),
-            gone: false,
-        },
-        _ => OpenError::Again(why),
-    }
 }
 
 /// What the failure of any other call means.
@@ -725,144 +591,6 @@ fn broken(status: &Status) -> Break {
     }
 }
 
-/// Begins calls in the order in which they were ordered: each is sent on its way before the next one is looked at, and
-/// its answer is awaited beside the others.
-async fn begin_in_order(
-    calls: &mut JoinSet<Result<(), Break>>,
-    call: impl Future<Output = Result<(), Break>> + Send + 'static,
-) -> Result<(), Break> {
-    let mut call = Box::pin(call);
-    let first = poll_fn(|context| Poll::Ready(call.as_mut().poll(context))).await;
-    match first {
-        Poll::Ready(done) => done,
-        Poll::Pending => {
-            calls.spawn(call);
-            Ok(())
-        }
-    }
-}
-
-/// Renews the lease three times in its course.
-async fn keep(
-    connection: Connection,
-    lease: Duration,
-    world: World,
-    belief: Arc<Mutex<Instant>>,
-    reports: Reports,
-) -> Break {
-    let mut clock = HostClock::default();
-    let mut control = connection.control.clone();
-    loop {
-        let until = *belief.lock().unwrap_or_else(PoisonError::into_inner);
-        tokio::time::sleep(lease / 3).await;
-        let sent = world.clock.now();
-        let sent_ns = world.clock.wall_ns();
-        let request = v1::KeepSessionRequest { session: Some(connection.session.key()) };
-        match timeout_at(until, control.keep_session(request)).await {
-            Err(_elapsed) => {
-                return Break::Connection("the renewal of the lease was not answered".to_owned());
-            }
-            Ok(Err(status)) => return broken(&status),
-            Ok(Ok(response)) => {
-                *belief.lock().unwrap_or_else(PoisonError::into_inner) = sent + believed(lease);
-                if let Some(time) = &response.into_inner().host_time {
-                    let before = clock.uncertainty_ns();
-                    clock.measure(sent_ns, convert::timestamp_ns(time), world.clock.wall_ns());
-                    if clock.uncertainty_ns() != before {
-                        reports(Report::Clock(clock)).await;
-                    }
-                }
-            }
-        }
-    }
-}
-
-/// Hands a task over.
-async fn start(
-    connection: Connection,
-    task: TaskId,
-    mut request: v1::StartTaskRequest,
-    attempt: u32,
-    reports: Reports,
-) -> Result<(), Break> {
-    request.session = Some(connection.session.key());
-    let mut control = connection.control;
-    let status = match control.start_task(request).await {
-        Ok(_) => {
-            reports(Report::Accepted { task }).await;
-            return Ok(());
-        }
-        Err(status) => status,
-    };
-    let again = pipe::is_transport_failure(&status) || status.code() == Code::Unavailable;
-    if session_is_gone(&status) || (again && attempt < START_ATTEMPTS_MAX) {
-        return Err(broken(&status));
-    }
-    let reason = match status.code() {
-        Code::InvalidArgument => Reason::InvalidBlock,
-        Code::ResourceExhausted => Reason::HostExhausted,
-        Code::FailedPrecondition => Reason::FileRefused,
-        Code::Unavailable => Reason::Unreachable,
-        _ => Reason::Internal,
-    };
-    let why = printable(pipe::call_failure(&status).as_bytes(), limits::TEXT_BYTES_MAX);
-    reports(Report::Rejected { task, reason, why: format!("the host does not take the task: {why}") }).await;
-    Ok(())
-}
-
-/// Acts on a task.
-async fn signal(
-    connection: Connection,
-    task: TaskId,
-    kind: v1::SignalKind,
-    grace: Option<Duration>,
-    reason: Option<Reason>,
-) -> Result<(), Break> {
-    let request = v1::SignalTaskRequest {
-        session: Some(connection.session.key()),
-        task_id: task.to_string(),
-        kind: kind.into(),
-        signal: 0,
-        grace_duration: grace.map(convert::duration),
-        reason: match reason {
-            Some(Reason::TestDeadline) => v1::Reason::TestDeadline.into(),
-            _ => v1::Reason::Unspecified.into(),
-        },
-    };
-    let mut control = connection.control;
-    match control.signal_task(request).await {
-        Ok(_) => Ok(()),
-        Err(status) if pipe::is_transport_failure(&status) || session_is_gone(&status) => {
-            Err(broken(&status))
-        }
-        Err(status) => {
-            // A task that the host has never got, or has forgotten, has nothing left to be told.
-            debug!(%task, ?kind, why = status.message(), "signal was refused");
-            Ok(())
-        }
-    }
-}
-
-/// Lets the host forget tasks. A release that is lost costs the host some space until the session ends.
-fn release(
-    connection: Connection,
-    released: &mut BTreeSet<TaskId>,
-) -> impl Future<Output = ()> + Send + 'static {
-    let mut task_ids = Vec::new();
-    while task_ids.len() < RELEASE_COUNT_MAX
-        && let Some(task) = released.pop_first()
-    {
-        task_ids.push(task.to_string());
-    }
-    async move {
-        let request = v1::ReleaseTaskRequest { session: Some(connection.session.key()), task_ids };
-        let mut control = connection.control;
-        if let Err(status) = control.release_task(request).await {
-            debug!(why = pipe::call_failure(&status), "tasks could not be released");
-        }
-    }
-}
-
 /// Completes when the release that is under way has been answered; never when none is.
 async fn finished(releasing: &mut Option<tokio::task::JoinHandle<()>>) {
     match releasing {
@@ -871,175 +599,4 @@ async fn finished(releasing: &mut Option<tokio::task::JoinHandle<()>>) {
         }
         _ => std::future::pending().await,
     }
-}
-
-/// A part of a task that does not come with the session's events.
-#[derive(Debug)]
-pub(crate) enum Wanted {
-    /// The rest of its log.
-    Log { task: TaskId },
-    /// Its archive.
-    Archive { task: TaskId },
-}
-
-/// Reads the events of all tasks of the session.
-async fn watch_session(
-    connection: Connection,
-    shared: Shared,
-    reports: Reports,
-    wanted: tokio::sync::mpsc::Sender<Wanted>,
-) -> Break {
-    let known = lock(&shared.progress)
-        .iter()
-        .map(|(task, incoming)| v1::TaskPosition {
-            task_id: task.to_string(),
-            position: incoming.position,
-            ended: incoming.end.is_some(),
-        })
-        .collect();
-    let request = v1::WatchTaskRequest {
-        session: Some(connection.session.key()),
-        task_id: String::new(),
-        position: 0,
-        known,
-    };
-    let mut control = connection.control.clone();
-    let mut events = match control.watch_task(request).await {
-        Ok(response) => response.into_inner(),
-        Err(status) => return broken(&status),
-    };
-    loop {
-        match events.message().await {
-            Ok(Some(message)) => {
-                for event in message.events {
-                    if let Err(why) = take_event(event, &shared, &reports, &wanted).await {
-                        return Break::Connection(why);
-                    }
-                }
-            }
-            Ok(None) => return Break::Connection("the agent ended the session's events".to_owned()),
-            Err(status) => return broken(&status),
-        }
-    }
-}
-
-/// Takes in one event of one task. An error is a peer that does not keep to the protocol.
-async fn take_event(
-    event: v1::TaskEvent,
-    shared: &Shared,
-    reports: &Reports,
-    wanted: &tokio::sync::mpsc::Sender<Wanted>,
-) -> Result<(), String> {
-    use v1::task_event::Event;
-    let task: TaskId = convert::id_in("task_id", &event.task_id).map_err(|error| error.to_string())?;
-    // Tasks that were released may still have a last word under way.
-    let Some(recorder) = lock(&shared.progress).get(&task).map(|incoming| incoming.recorder.clone()) else {
-        return Ok(());
-    };
-    match event.event {
-        None => Ok(()),
-        Some(Event::Progress(progress)) => {
-            let time_ns = progress.time.as_ref().map_or(0, convert::timestamp_ns);
-            match progress.state() {
-                v1::TaskState::Staged => reports(Report::Staged { task }).await,
-                v1::TaskState::Running => {
-                    let phase = match progress.phase() {
-                        v1::Phase::Unspecified => None,
-                        v1::Phase::Setup => Some(Phase::Setup),
-                        v1::Phase::Run => Some(Phase::Run),
-                        v1::Phase::Teardown => Some(Phase::Teardown),
-                    };
-                    reports(Report::Began { task, phase, time_ns }).await;
-                }
-                _ => {}
-            }
-            Ok(())
-        }
-        Some(Event::Log(chunk)) => {
-            // The rest of a long log comes on the bulk connection, whatever is repeated here.
-            if lock(&shared.progress).get(&task).is_none_or(|incoming| incoming.in_bulk) {
-                return Ok(());
-            }
-            let next = chunk.next_position;
-            record(&recorder, chunk).await?;
-            if let Some(incoming) = lock(&shared.progress).get_mut(&task) {
-                incoming.position = next;
-            }
-            Ok(())
-        }
-        Some(Event::LogContinues(from)) => {
-            let begin = match lock(&shared.progress).get_mut(&task) {
-                Some(incoming) if !incoming.in_bulk => {
-                    incoming.in_bulk = true;
-                    incoming.position = from.position;
-                    true
-                }
-                _ => false,
-            };
-            if begin {
-                let _ended = wanted.send(Wanted::Log { task }).await;
-            }
-            Ok(())
-        }
-        Some(Event::End(end)) => {
-            let end = TaskEnd::try_from(end).map_err(|error| error.to_string())?;
-            take_end(task, end, shared, reports, wanted).await;
-            Ok(())
-        }
-    }
-}
-
-async fn take_end(
-    task: TaskId,
-    end: TaskEnd,
-    shared: &Shared,
-    reports: &Reports,
-    wanted: &tokio::sync::mpsc::Sender<Wanted>,
-) {
-    let end = Box::new(end);
-    let archive = end.archive.clone();
-    let is_inline = |size: u64, length: usize| u64::try_from(length).is_ok_and(|length| length == size);
-    let fetched = archive.as_ref().filter(|info| !is_inline(info.size_bytes, info.inline.len()));
-    let recorder = {
-        let mut progress = lock(&shared.progress);
-        let Some(incoming) = progress.get_mut(&task) else { return };
-        if incoming.end.is_some() {
-            return;
-        }
-        incoming.end = Some(end.clone());
-        incoming.log_arrived |= !incoming.in_bulk;
-        incoming.archive_arrived = fetched.is_none();
-        incoming.recorder.clone()
-    };
-    reports(Report::Ended { task, end }).await;
-    if fetched.is_some() {
-        let _ended = wanted.send(Wanted::Archive { task }).await;
-    } else if let Some(info) = archive {
-        recorder.archive_begins(info.size_bytes, &info.sha256);
-        recorder.archive_piece(info.inline).await;
-        recorder.archive_ends();
-    }
-    settle(task, shared, reports).await;
-}
-
-/// Reports a task as arrived once its end is known and both its log and its archive are here.
-async fn settle(task: TaskId, shared: &Shared, reports: &Reports) {
-    let problem = {
-        let mut progress = lock(&shared.progress);
-        let Some(incoming) = progress.get_mut(&task) else { return };
-        let complete = incoming.end.is_some() && incoming.log_arrived && incoming.archive_arrived;
-        if !complete || incoming.reported {
-            return;
-        }
-        incoming.reported = true;
-        incoming.problem.take()
-    };
-    reports(Report::Arrived { task, problem }).await;
-}
-
-/// Hands records to a task's recorder.
-async fn record(recorder: &Recorder, chunk: v1::LogChunk) -> Result<(), String> {
-    let records: Result<Vec<_>, _> = chunk.records.into_iter().map(TryInto::try_into).collect();
-    recorder.records(records.map_err(|error: convert::ConvertError| error.to_string())?).await;
-    Ok(())
 }

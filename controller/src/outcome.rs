@@ -277,6 +277,9 @@ impl std::error::Error for FailureReport {}
 
 impl FailureReport {
     /// Sorts unexpected ends into causes and followers; none when every end was expected.
+    ///
+    /// # Panics
+    /// Never: a root is among the unexpected ends that it is the root of.
     #[must_use]
     pub fn of<'a>(test: &TestName, outcomes: impl IntoIterator<Item = &'a Arc<Outcome>>) -> Option<Self> {
         let unexpected: BTreeMap<u32, &Arc<Outcome>> =

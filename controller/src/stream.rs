@@ -12,6 +12,9 @@ use crate::{
     task::{Prepared, Running, Stage, Task, expected},
 };
 
+/// Outcomes of several tasks, in their order, or the first that was unexpected, after all have ended.
+pub type Outcomes = Pin<Box<dyn Future<Output = Result<Vec<Arc<Outcome>>, UnexpectedEnd>> + Send>>;
+
 /// One place where blocks run one after another. Cloning gives another handle to the same place.
 #[derive(Clone)]
 pub struct Stream {
@@ -77,10 +80,7 @@ impl Stream {
     ///
     /// # Cancel safety
     /// Dropping the result does not cancel the tasks.
-    pub fn run_all_fg(
-        &self,
-        blocks: impl IntoIterator<Item = Block>,
-    ) -> Pin<Box<dyn Future<Output = Result<Vec<Arc<Outcome>>, UnexpectedEnd>> + Send>> {
+    pub fn run_all_fg(&self, blocks: impl IntoIterator<Item = Block>) -> Outcomes {
         let tasks = self.run_all_bg(blocks);
         Box::pin(async move { outcomes_of(&tasks).await.into_iter().map(expected).collect() })
     }
@@ -147,10 +147,7 @@ impl StreamGroup {
     ///
     /// # Cancel safety
     /// The tasks are scheduled when this is called; dropping the future does not cancel them.
-    pub fn run_fg(
-        &self,
-        block: impl Into<Block>,
-    ) -> Pin<Box<dyn Future<Output = Result<Vec<Arc<Outcome>>, UnexpectedEnd>> + Send>> {
+    pub fn run_fg(&self, block: impl Into<Block>) -> Outcomes {
         let tasks = self.run_bg(block);
         Box::pin(async move { outcomes_of(&tasks).await.into_iter().map(expected).collect() })
     }

@@ -542,6 +542,9 @@ impl Prepared {
     }
 
     /// Lets the task begin: one message. It begins as soon as it is its turn.
+    ///
+    /// # Panics
+    /// Never: the task is there until this takes it.
     pub fn start(mut self) -> Task {
         let task = self.task.take().expect("`start` consumes this");
         task.driver.send(Input::Go { tasks: vec![task.shared.id] });

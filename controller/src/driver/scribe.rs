@@ -66,7 +66,7 @@ impl Jobs {
 }
 
 enum Job {
-    Begin { task: Arc<TaskShared>, files: TaskFiles, clock: HostClock },
+    Begin { task: Arc<TaskShared>, files: Box<TaskFiles>, clock: HostClock },
     Records { task: TaskId, records: Vec<LogRecord>, units: usize },
     ArchiveBegins { task: TaskId, size_bytes: u64, sha256: String },
     ArchivePiece { task: TaskId, data: Bytes, units: usize },
@@ -162,7 +162,7 @@ impl Scribe {
 
     /// Opens the files of a task that is about to be handed over.
     pub(crate) fn begin(&self, task: &Arc<TaskShared>, files: TaskFiles, clock: HostClock) -> Recorder {
-        self.jobs.put(Job::Begin { task: Arc::clone(task), files, clock });
+        self.jobs.put(Job::Begin { task: Arc::clone(task), files: Box::new(files), clock });
         Recorder { task: task.id, jobs: Arc::clone(&self.jobs) }
     }
 
@@ -230,7 +230,7 @@ impl Desk {
             let units = match job {
                 Job::Stop => return self.flush(),
                 Job::Begin { task, files, clock } => {
-                    self.begin(&task, files, clock);
+                    self.begin(&task, *files, clock);
                     0
                 }
                 Job::Records { task, records, units } => {
@@ -296,11 +296,9 @@ impl Desk {
 
     fn archive_begins(&mut self, task: TaskId, size_bytes: u64, sha256: String) {
         let Some(open) = self.open.get_mut(&task) else { return };
-        let made = open.files.make_directory().map(std::path::Path::to_owned);
-        let Some(directory) = open.note(made) else { return };
-        match Extractor::new(directory) {
-            Ok(extractor) => open.archive = Some(Incoming { extractor, size_bytes, sha256 }),
-            Err(error) => open.fail(&error),
+        let extractor = open.files.extractor();
+        if let Some(extractor) = open.note(extractor) {
+            open.archive = Some(Incoming { extractor, size_bytes, sha256 });
         }
     }
 

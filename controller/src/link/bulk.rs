@@ -16,8 +16,11 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Status};
 
 use super::{
-    Client, Connection, OpenError, Report, Reports, Shared, Wanted, dial, lock, record, session_is_gone,
-    settle,
+    Client, Connection, Report, Reports, Shared,
+    events::{Wanted, record, settle},
+    lock,
+    open::{OpenError, dial},
+    session_is_gone,
 };
 use crate::{
     block::compile::{Upload, UploadSource},

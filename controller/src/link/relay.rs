@@ -5,14 +5,14 @@ use millstream_proto::v1;
 use tokio::sync::mpsc;
 use tokio_stream::{StreamExt as _, wrappers::ReceiverStream};
 
-use super::{Break, Connection, broken};
+use super::{Break, Connection, Shared, broken, lock};
 use crate::sync::host::SyncHost;
 
 /// Messages that wait for the connection: each holds every frame that was ready at one moment.
 const MESSAGES_COUNT_MAX: usize = 64;
 
 /// Serves the relay until it ends, which ends the connection.
-pub(super) async fn serve(connection: Connection, sync: SyncHost) -> Break {
+pub(super) async fn serve(connection: Connection, shared: Shared, sync: SyncHost) -> Break {
     let (outbound, frames) = mpsc::channel::<Vec<v1::RelayFrame>>(MESSAGES_COUNT_MAX);
     let key = connection.session.key();
     let first = tokio_stream::once(v1::RelaySyncRequest { session: Some(key), frames: Vec::new() });
@@ -39,7 +39,8 @@ pub(super) async fn serve(connection: Connection, sync: SyncHost) -> Break {
     };
     tokio::select! {
         why = reading => why,
-        () = sync.serve_relay(ReceiverStream::new(received), outbound) => {
+        // An agent speaks for the tasks of its own session alone.
+        () = sync.serve_relay_of(|task| lock(&shared.progress).contains_key(&task), ReceiverStream::new(received), outbound) => {
             Break::Connection("the sync service ended the relay".to_owned())
         }
     }

@@ -1,0 +1,153 @@
+//! Reaches an agent and opens a session, or comes back to one: one attempt, and what its failure means.
+//!
+//! Decides whether trying again can help; when and how often is the link's to decide.
+
+use std::sync::Arc;
+
+use millstream_common::{
+    clock::World,
+    convert, limits, pipe,
+    text::{printable, spoken},
+};
+use millstream_proto::v1::{self, agent_service_client::AgentServiceClient};
+use tokio::time::{Instant, timeout};
+use tonic::{Code, Status};
+
+use super::{Client, Connection, LinkOptions, Loop, Opened, Session, believed, session_is_gone};
+use crate::{
+    reach::{DialError, Reach},
+    results::timeline::HostClock,
+};
+
+/// Protocol numbers that this controller speaks.
+const PROTOCOL: u32 = 1;
+
+/// One attempt to open a session or to come back to it.
+pub(super) struct Attempt {
+    reach: Arc<dyn Reach>,
+    world: World,
+    options: LinkOptions,
+    session: Session,
+    previous: Option<Session>,
+    resume: bool,
+    number: u64,
+}
+
+impl Attempt {
+    pub(super) fn of(link: &Loop, session: &Session, resume: bool, number: u64) -> Self {
+        Self {
+            reach: Arc::clone(&link.reach),
+            world: link.world.clone(),
+            options: link.options.clone(),
+            session: session.clone(),
+            previous: link.previous.clone(),
+            resume,
+            number,
+        }
+    }
+
+    pub(super) async fn open(self) -> Result<(Connection, Opened, Instant), OpenError> {
+        let mut control = dial(&*self.reach).await?;
+        if !self.resume
+            && let Some(previous) = &self.previous
+        {
+            // Whatever still runs in it must be gone before anything new runs beside it. A host that does not know it any
+            // more is as clean as one that has just closed it.
+            let request = v1::CloseSessionRequest { session: Some(previous.key()) };
+            if let Err(status) = control.close_session(request).await
+                && pipe::is_transport_failure(&status)
+            {
+                return Err(OpenError::Again(pipe::call_failure(&status)));
+            }
+        }
+        let request = v1::OpenSessionRequest {
+            session_id: self.session.id.to_string(),
+            secret: self.session.secret.clone(),
+            protocol_min: PROTOCOL,
+            protocol_max: PROTOCOL,
+            required_features: Vec::new(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            client: self.options.client.clone(),
+            lease_duration: Some(convert::duration(self.options.lease)),
+            exclusive: self.options.exclusive,
+            resume: self.resume,
+        };
+        let sent = self.world.clock.now();
+        let sent_ns = self.world.clock.wall_ns();
+        let response = control.open_session(request).await.map_err(|status| refused(&status))?.into_inner();
+        let received_ns = self.world.clock.wall_ns();
+        let mut clock = HostClock::default();
+        if let Some(time) = &response.host_time {
+            clock.measure(sent_ns, convert::timestamp_ns(time), received_ns);
+        }
+        let session = Session { epoch: response.epoch, ..self.session };
+        let opened = Opened {
+            version: response.version,
+            host: response.host.unwrap_or_default(),
+            capabilities: response.capabilities.unwrap_or_default(),
+            clock,
+        };
+        Ok((
+            Connection { number: self.number, control, session },
+            opened,
+            sent + believed(self.options.lease),
+        ))
+    }
+}
+
+/// Why a session could not be opened.
+pub(super) enum OpenError {
+    /// Trying again may help.
+    Again(String),
+    /// Trying again is useless. `gone`: the session that was to be resumed is over.
+    Final { why: String, gone: bool },
+}
+
+impl From<DialError> for OpenError {
+    fn from(error: DialError) -> Self {
+        if error.is_final() {
+            Self::Final { why: error.to_string(), gone: false }
+        } else {
+            Self::Again(error.to_string())
+        }
+    }
+}
+
+/// A channel over a new pipe.
+pub(super) async fn dial(reach: &dyn Reach) -> Result<Client, OpenError> {
+    let pipe = timeout(limits::HANDSHAKE_MAX, reach.dial())
+        .await
+        .map_err(|_| OpenError::Again(format!("no connection within {}", spoken(limits::HANDSHAKE_MAX))))??;
+    let channel = pipe::endpoint_channel(|| async { Ok(pipe) })
+        .await
+        .map_err(|error| OpenError::Again(error.to_string()))?;
+    Ok(AgentServiceClient::new(channel)
+        .max_decoding_message_size(limits::BULK_MESSAGE_BYTES_MAX)
+        .max_encoding_message_size(limits::BULK_MESSAGE_BYTES_MAX))
+}
+
+/// What the refusal of a session means.
+fn refused(status: &Status) -> OpenError {
+    let why = printable(pipe::call_failure(status).as_bytes(), limits::TEXT_BYTES_MAX);
+    if pipe::is_transport_failure(status) {
+        // With TLS 1.3 an agent's refusal of a certificate is seen only now. It will not change its mind.
+        return if why.starts_with("the agent refused") {
+            OpenError::Final { why, gone: false }
+        } else {
+            OpenError::Again(why)
+        };
+    }
+    match status.code() {
+        Code::FailedPrecondition => OpenError::Final { why, gone: session_is_gone(status) },
+        Code::Unauthenticated | Code::PermissionDenied | Code::InvalidArgument => {
+            OpenError::Final { why, gone: false }
+        }
+        Code::Unimplemented => OpenError::Final {
+            why: format!(
+                "it is no agent of this protocol ({why}): check the address and the version of what runs there"
+            ),
+            gone: false,
+        },
+        _ => OpenError::Again(why),
+    }
+}
