@@ -119,7 +119,7 @@ pub struct DefineStreamError {
     /// Where it was written.
     pub origin: Origin,
     /// What is wrong.
-    pub fault: DefinitionFault,
+    pub fault: Box<DefinitionFault>,
 }
 
 /// What is wrong with a definition.
@@ -248,7 +248,7 @@ pub(crate) fn listed<'a>(words: impl IntoIterator<Item = &'a str>) -> String {
 
 impl DefinitionFault {
     fn at(self, origin: &Origin) -> DefineStreamError {
-        DefineStreamError { origin: origin.clone(), fault: self }
+        DefineStreamError { origin: origin.clone(), fault: Box::new(self) }
     }
 }
 

@@ -141,22 +141,16 @@ pub enum GetParamError {
         near: Option<String>,
     },
     /// Several nodes that are meant have the key, with different values.
-    #[error(
-        "parameter `{key}` at `{path}` is `{first}` at {first_origin} and `{second}` at {second_origin}: ask with a path that means one of them"
-    )]
+    #[error("parameter `{key}` at `{path}` is {first} and {second}: ask with a path that means one of them")]
     Clash {
         /// The key.
         key: String,
         /// The path.
         path: String,
-        /// One value.
+        /// One value, and where it was written.
         first: String,
-        /// Where it was written.
-        first_origin: Origin,
-        /// Another value.
+        /// Another value, and where it was written.
         second: String,
-        /// Where it was written.
-        second_origin: Origin,
     },
     /// The value has another type.
     #[error("{origin}: parameter `{key}` cannot be read as `{type_name}`: {reason}")]
@@ -220,14 +214,15 @@ impl Params {
                 None => found = Some(candidate),
                 Some(first) if first.json() == candidate.json() => {}
                 Some(first) => {
-                    let shown = |node: &Node| text::printable(node.json().to_string().as_bytes(), 60);
+                    let shown = |node: &Node| {
+                        let value = text::printable(node.json().to_string().as_bytes(), 60);
+                        format!("`{value}` at {}", node.origin)
+                    };
                     return Err(GetParamError::Clash {
                         key: key.to_owned(),
                         path: path.to_owned(),
                         first: shown(first),
-                        first_origin: first.origin.clone(),
                         second: shown(candidate),
-                        second_origin: candidate.origin.clone(),
                     });
                 }
             }

@@ -17,6 +17,7 @@ use crate::definition::Defaults;
 
 mod files;
 
+use files::Collected;
 pub(super) use files::Files;
 
 /// What a block is compiled for: a stream on a host.
@@ -280,7 +281,7 @@ impl Block {
         check_environment(&environment)?;
 
         let (head, tail) = self.log_quota.unwrap_or((limits::LOG_HEAD_BYTES, limits::LOG_TAIL_BYTES));
-        let (files, secret_files, uploads) = files.finish()?;
+        let Collected { files, secret_files, uploads } = files.finish()?;
         let spec = TaskSpec {
             stream: surroundings.stream.clone(),
             name,

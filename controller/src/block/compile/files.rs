@@ -23,6 +23,16 @@ use crate::block::{FileRequest, payload};
 /// Bytes of all names of a block's files together: with what stands around each name, they fit into one message.
 pub(super) const NAMES_BYTES_MAX: usize = 768 * 1024;
 
+/// Files of one block, all of them.
+pub(super) struct Collected {
+    /// In the specification.
+    pub(super) files: Vec<ShippedFile>,
+    /// Beside it.
+    pub(super) secret_files: Vec<ShippedFile>,
+    /// Blobs that must be there first.
+    pub(super) uploads: Vec<Upload>,
+}
+
 /// Files of one block as they come together.
 #[derive(Debug, Default)]
 pub(crate) struct Files {
@@ -91,7 +101,7 @@ impl Files {
 
     /// Content that was made here, in the working directory.
     pub(super) fn content(&mut self, place: &str, variable: &str, content: Bytes) -> Result<(), BlockError> {
-        let source = self.from_memory(content);
+        let source = self.memory(content);
         self.add(FilePlace::Work, place.to_owned(), 0o644, Some(variable), source)
     }
 
@@ -102,7 +112,7 @@ impl Files {
         variable: &str,
         content: Bytes,
     ) -> Result<(), BlockError> {
-        let source = self.from_memory(content);
+        let source = self.memory(content);
         self.add(FilePlace::Private, place.to_owned(), 0o600, Some(variable), source)
     }
 
@@ -123,13 +133,13 @@ impl Files {
     }
 
     /// What goes into the specification, what stays out of it, and what must be there first.
-    pub(super) fn finish(self) -> Result<(Vec<ShippedFile>, Vec<ShippedFile>, Vec<Upload>), BlockError> {
+    pub(super) fn finish(self) -> Result<Collected, BlockError> {
         let work = self.work.into_values();
         let files: Vec<_> = work.chain(self.private.into_values()).collect();
         if files.len() > limits::FILES_COUNT_MAX || self.names_bytes > NAMES_BYTES_MAX {
             return Err(BlockError::TooManyFiles);
         }
-        Ok((files, self.secret, self.uploads.into_values().collect()))
+        Ok(Collected { files, secret_files: self.secret, uploads: self.uploads.into_values().collect() })
     }
 
     fn add(
@@ -160,7 +170,7 @@ impl Files {
         }
     }
 
-    fn from_memory(&mut self, content: Bytes) -> FileSource {
+    fn memory(&mut self, content: Bytes) -> FileSource {
         if self.fits_inline(content.len()) {
             return FileSource::Inline(content);
         }
@@ -192,7 +202,7 @@ impl Files {
         let small = metadata.len() <= limits::INLINE_FILE_BYTES_MAX as u64 && mode & 0o111 == 0;
         let source = if small {
             let content = fs::read(path).map_err(read_error(path))?;
-            self.from_memory(Bytes::from(content))
+            self.memory(Bytes::from(content))
         } else {
             self.blob(path, metadata)?
         };
