@@ -97,6 +97,13 @@ pub(super) async fn serve(
     link.running.shutdown().await;
 }
 
+impl Drop for Link {
+    /// The owner of a link may drop it instead of ending it: its calls are lost with it all the same.
+    fn drop(&mut self) {
+        self.line.lose();
+    }
+}
+
 struct Link {
     service: Service,
     line: Line,
