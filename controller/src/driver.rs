@@ -218,7 +218,7 @@ struct Work {
     stream: usize,
     /// Until it is compiled.
     block: Option<Block>,
-    /// Until the host has it.
+    /// Until it begins: until then it may have to be handed over again.
     request: Option<v1::StartTaskRequest>,
     commands: BTreeMap<Phase, Vec<String>>,
     drains: bool,
@@ -369,10 +369,12 @@ impl Driver {
         }
         let index = self.links.len();
         let inbox = Arc::clone(&self.setup.inbox);
+        let there = |other: &Arc<StreamShared>| other.exclusive && other.reach.describe() == place;
+        let exclusive = stream.exclusive || self.setup.shared.streams().iter().any(there);
         let link = Link::start(
             Arc::clone(&stream.reach),
             self.setup.world.clone(),
-            self.setup.link.clone(),
+            LinkOptions { exclusive, ..self.setup.link.clone() },
             self.setup.sync.clone(),
             move |report| {
                 let inbox = Arc::clone(&inbox);
@@ -701,13 +703,7 @@ impl Driver {
             Report::Lost { why, reason } => self.lost(link, why, reason),
             Report::Clock(clock) => self.links[link].opened.clock = clock,
             Report::Uploaded { task, result } => self.uploaded(task, result),
-            Report::Accepted { task } => {
-                self.of_task(task, |number| Event::Accepted { number });
-                if let Some(work) = self.works.get_mut(&task) {
-                    // The host has it: it is never sent again.
-                    work.request = None;
-                }
-            }
+            Report::Accepted { task } => self.of_task(task, |number| Event::Accepted { number }),
             Report::Rejected { task, reason, why } => {
                 let end = TaskEnd::never_begun(OutcomeKind::Error, reason, why);
                 self.complete(task, end, None);

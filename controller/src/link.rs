@@ -287,7 +287,7 @@ impl Loop {
             }
             Err(Break::Connection(why) | Break::Session { why, .. }) => {
                 warn!(place = self.reach.describe(), why, "host is not reachable");
-                self.pending.clear();
+                self.forget_pending();
                 self.report(Report::Lost { why, reason: Reason::Unreachable }).await;
                 return false;
             }
@@ -368,10 +368,18 @@ impl Loop {
 
     async fn lose(&mut self, session: &Session, why: String, reason: Reason) {
         warn!(place = self.reach.describe(), why, "session lost");
-        // They are about tasks that are lost with it.
-        self.pending.clear();
+        self.forget_pending();
         self.previous = Some(session.clone());
         self.report(Report::Lost { why, reason }).await;
+    }
+
+    /// Drops orders about tasks that are lost with the session; not the one to close.
+    fn forget_pending(&mut self) {
+        let close = self.pending.iter().any(|order| matches!(order, Order::Close));
+        self.pending.clear();
+        if close && self.orders.put(Order::Close).is_err() {
+            debug!("the link has ended already");
+        }
     }
 
     /// Dials and opens the session until it works, somebody has to change something first, or time is up.
@@ -416,6 +424,9 @@ impl Loop {
     /// Waits, but not past the order to close. Other orders are kept for later.
     async fn unless_closed<T>(&mut self, work: impl Future<Output = T>) -> Result<T, Break> {
         let mut work = pin!(work);
+        if self.pending.iter().any(|order| matches!(order, Order::Close)) {
+            return Err(Break::Close);
+        }
         loop {
             tokio::select! {
                 done = &mut work => return Ok(done),

@@ -64,6 +64,8 @@ pub(crate) struct StreamShared {
     pub(crate) definition: String,
     pub(crate) defaults: Defaults,
     pub(crate) is_local: bool,
+    /// Whether the host is to be reserved.
+    pub(crate) exclusive: bool,
 }
 
 /// What the driver and the handles of a test share.
@@ -84,6 +86,8 @@ struct Registry {
     tasks_count: u32,
     /// By number in the test.
     outcomes: BTreeMap<u32, Arc<Outcome>>,
+    /// Tasks without an outcome, by number in the test.
+    unfinished: BTreeMap<u32, Arc<TaskShared>>,
 }
 
 impl TestShared {
@@ -98,7 +102,10 @@ impl TestShared {
 
     /// A task has its outcome.
     pub(crate) fn finished(&self, outcome: Arc<Outcome>) {
-        self.lock().outcomes.insert(outcome.test_number, outcome);
+        let mut registry = self.lock();
+        registry.unfinished.remove(&outcome.test_number);
+        registry.outcomes.insert(outcome.test_number, outcome);
+        drop(registry);
         self.unfinished.send_modify(|count| *count = count.saturating_sub(1));
     }
 
@@ -108,6 +115,19 @@ impl TestShared {
         if task.outcome.set(Arc::clone(&outcome)).is_ok() {
             self.finished(outcome);
             task.stage.send_replace(Stage::Finished);
+        }
+    }
+
+    /// The driver has failed: nobody will say anything of these tasks any more.
+    fn abandon(&self) {
+        let unfinished = std::mem::take(&mut self.lock().unfinished);
+        for task in unfinished.values() {
+            let detail = "the driver of the test failed; please report it with its message";
+            let outcome = Arc::new(never_run(task, Reason::Internal, detail));
+            if task.outcome.set(Arc::clone(&outcome)).is_ok() {
+                self.finished(outcome);
+                task.stage.send_replace(Stage::Finished);
+            }
         }
     }
 
@@ -194,6 +214,7 @@ impl Core {
         let too_many =
             usize::try_from(registry.tasks_count).unwrap_or(usize::MAX) > limits::TEST_TASKS_COUNT_MAX;
         self.shared.unfinished.send_modify(|count| *count += 1);
+        registry.unfinished.insert(task.test_number, Arc::clone(&task));
         let handle = Task { shared: Arc::clone(&task), log, driver: self.driver.clone() };
         if too_many {
             drop(registry);
@@ -301,7 +322,7 @@ fn stream_of(
     reaches: &reach::Surroundings,
 ) -> Result<StreamShared, StreamError> {
     let line = definition.to_string();
-    let Definition { name, kind, address, options, defaults, origin, .. } = definition;
+    let Definition { name, kind, address, options, exclusive, defaults, origin } = definition;
     let place = Place { kind, address, options };
     let reach = reach::resolve(&place, reaches).map_err(|source| StreamError::Place {
         name: name.clone(),
@@ -309,7 +330,8 @@ fn stream_of(
         source,
     })?;
     let host = reach.host();
-    Ok(StreamShared { name, index, host, definition: line, defaults, is_local: place.kind == "local", reach })
+    let is_local = place.kind == "local";
+    Ok(StreamShared { name, index, host, definition: line, defaults, is_local, exclusive, reach })
 }
 
 /// Why a stream cannot be had.
@@ -575,7 +597,6 @@ impl StreamsBuilder {
         }
         let definitions = self.definitions()?;
         let reaches = reach::Surroundings { local: Arc::new(Local::new()) };
-        let exclusive = definitions.iter().any(|definition| definition.exclusive);
         let mut registry = Registry::default();
         for definition in definitions {
             let index = registry.streams.len();
@@ -609,18 +630,24 @@ impl StreamsBuilder {
             world: self.world.clone(),
             test: test.clone(),
             deadline: self.deadline,
-            link: LinkOptions { lease: self.lease, exclusive, client: client_name(&test) },
+            link: LinkOptions { lease: self.lease, exclusive: false, client: client_name(&test) },
             writer: writer.clone(),
             scribe,
             sync: sync.clone(),
             shared: Arc::clone(&shared),
-            inbox,
+            inbox: Arc::clone(&inbox),
         };
+        let watched = Arc::clone(&shared);
         std::thread::Builder::new()
             .name("millstream".to_owned())
             .spawn(move || {
-                // A task of the runtime, and not its thread: what it spawns stays close to it.
-                let left_behind = runtime.block_on(Driver::new(setup).run());
+                // As a task of the runtime, and not on this thread, it is woken by its neighbours without a detour.
+                let driving = runtime.spawn(async move { Driver::new(setup).run().await });
+                let left_behind = runtime.block_on(driving).unwrap_or_else(|error| {
+                    inbox.close();
+                    watched.abandon();
+                    vec![format!("the driver failed: {error}")]
+                });
                 runtime.shutdown_background();
                 ended.send_replace(Some(left_behind));
             })
