@@ -59,7 +59,8 @@ struct Slot {
 
 #[derive(Debug, Default)]
 struct Main {
-    waiting: bool,
+    /// Waits for the end that main is inside of: several when it does several things at once.
+    waits: usize,
     declared: BTreeSet<BarrierName>,
 }
 
@@ -101,7 +102,8 @@ impl Board {
             Event::TaskEnded { task, fate } => self.end_task(task, fate, now, actions),
             Event::SessionSuspended { tasks } => self.suspend(&tasks, true, now, actions),
             Event::SessionResumed { tasks } => self.suspend(&tasks, false, now, actions),
-            Event::MainWaited { waiting } => self.main.waiting = waiting,
+            Event::MainWaited { waiting: true } => self.main.waits += 1,
+            Event::MainWaited { waiting: false } => self.main.waits = self.main.waits.saturating_sub(1),
             Event::MainDeclared { names } => self.main.declared.extend(names),
             Event::Asked { call, speaker, request } => self.ask(call, speaker, request, now, actions),
             Event::Left { call, link_down } => self.leave(call, link_down, now, actions),

@@ -149,7 +149,7 @@ impl SyncHost {
         self.tell(Event::SessionResumed { tasks: tasks.to_vec() });
     }
 
-    /// Main is inside `wait`, `join` or `close`, or has left it: inside, it sends nobody.
+    /// Main has begun `wait`, `join` or `close`, or has left it: inside, it sends nobody. Each beginning has its own end.
     pub fn main_waiting(&self, waiting: bool) {
         self.tell(Event::MainWaited { waiting });
     }

@@ -35,7 +35,7 @@ impl Board {
     /// Ends every wait that can no longer be met. Each round ends at least one, so it comes to an end.
     pub(super) fn end_hopeless(&mut self, now: Instant, actions: &mut Vec<Action>) {
         loop {
-            if !self.main.waiting && !self.any_unexpected {
+            if self.main.waits == 0 && !self.any_unexpected {
                 return;
             }
             let declared = &self.main.declared;

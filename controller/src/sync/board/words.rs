@@ -133,9 +133,9 @@ pub enum Event {
         /// The tasks.
         tasks: Vec<TaskId>,
     },
-    /// Main waits for the end, or has stopped doing so.
+    /// Main has begun a wait for the end, or has left one.
     MainWaited {
-        /// Whether it waits.
+        /// Whether it has begun one.
         waiting: bool,
     },
     /// Main has said which barriers it will still send somebody to.
