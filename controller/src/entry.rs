@@ -112,6 +112,11 @@ pub(crate) fn relaunch() -> Result<Relaunch, EntryError> {
         std::env::current_exe().map_err(|error| EntryError::Program { reason: error.to_string() })
     });
     let program = program.clone()?;
+    // Building the test anew while it runs takes its program away.
+    if !program.exists() {
+        let reason = format!("`{}` was replaced or removed while it ran", program.display());
+        return Err(EntryError::Program { reason });
+    }
     if ENTERED.load(Ordering::Relaxed) {
         return Ok(Relaunch::of_program(program));
     }

@@ -276,6 +276,9 @@ impl Block {
         }
         let run = self.run_command(surroundings, &directory, &mut files, &mut environment)?;
         let phases = self.phases(run, defaults)?;
+        if self.speaks_python(&phases, &files) {
+            files.python_module()?;
+        }
         self.parameters(&mut files, &mut environment)?;
         files.generated("topology.json", "MILLSTREAM_TOPOLOGY", surroundings.topology.clone())?;
         check_environment(&environment)?;
@@ -365,6 +368,24 @@ impl Block {
             push(Phase::Teardown, teardown.argv(), limit, OutputDescriptors::Standard)?;
         }
         Ok(phases)
+    }
+
+    /// Whether the Python module is of use: shipping it to every `true` would cost each of them a file.
+    fn speaks_python(&self, phases: &[PhaseSpec], files: &Files) -> bool {
+        let is_python = |word: &str| {
+            let word = word.rsplit('/').next().unwrap_or(word);
+            word.starts_with("python") || word.ends_with(".py")
+        };
+        let in_command = match &self.kind {
+            Kind::Python(_) => true,
+            Kind::Command(command) => command.words().any(is_python),
+            Kind::Script(_) | Kind::Function(_) => false,
+        };
+        let beside = self.setup.iter().chain(&self.teardown).any(|command| command.words().any(is_python));
+        in_command
+            || beside
+            || files.has_python()
+            || phases.iter().any(|p| p.argv.iter().any(|w| is_python(w)))
     }
 
     fn parameters(

@@ -23,6 +23,9 @@ use crate::block::{FileRequest, payload};
 /// Bytes of all names of a block's files together: with what stands around each name, they fit into one message.
 pub(super) const NAMES_BYTES_MAX: usize = 768 * 1024;
 
+/// The module that Python code imports as `millstream`.
+const PYTHON_MODULE: &str = include_str!("../python/millstream.py");
+
 /// Files of one block, all of them.
 pub(super) struct Collected {
     /// In the specification.
@@ -42,6 +45,7 @@ pub(crate) struct Files {
     uploads: BTreeMap<BlobDigest, Upload>,
     names_bytes: usize,
     inline_bytes: usize,
+    has_python: bool,
 }
 
 impl Files {
@@ -77,12 +81,15 @@ impl Files {
             let hint = "name the file that is to be executed";
             return Err(BlockError::WrongKind { what: "script", path: path.to_owned(), hint });
         }
-        let mut start = [0; 4];
-        let file = fs::File::open(path).map_err(read_error(path))?;
-        let length = file.take(4).read(&mut start).map_err(read_error(path))?;
-        if !start[..length].starts_with(b"#!") && start != *b"\x7fELF" {
+        let mut start = [0; 256];
+        let mut file = fs::File::open(path).map_err(read_error(path))?;
+        let length = file.read(&mut start).map_err(read_error(path))?;
+        let start = &start[..length];
+        if !start.starts_with(b"#!") && !start.starts_with(b"\x7fELF") {
             return Err(BlockError::NoInterpreter { path: path.to_owned() });
         }
+        let first_line = start.split(|&byte| byte == b'\n').next().unwrap_or_default();
+        self.has_python |= memchr::memmem::find(first_line, b"python").is_some();
         let place = file_name(path)?;
         // Naming the script among the files as well is harmless.
         self.work.remove(&place);
@@ -127,9 +134,20 @@ impl Files {
         Ok(())
     }
 
+    /// The module that Python code imports as `millstream`.
+    pub(super) fn python_module(&mut self) -> Result<(), BlockError> {
+        let place = "python/millstream.py".to_owned();
+        let source = self.memory(Bytes::from_static(PYTHON_MODULE.as_bytes()));
+        self.add(FilePlace::Private, place.clone(), 0o644, Some("PYTHONPATH"), source)?;
+        if let Some(file) = self.private.get_mut(&place) {
+            file.environment_holds_directory = true;
+        }
+        Ok(())
+    }
+
     /// Whether one of the files is Python.
     pub(super) fn has_python(&self) -> bool {
-        self.work.keys().any(|place| place.ends_with(".py"))
+        self.has_python || self.work.keys().any(|place| place.ends_with(".py"))
     }
 
     /// What goes into the specification, what stays out of it, and what must be there first.

@@ -82,7 +82,9 @@ fn run(block: &Block, directory: &Path) -> Output {
             format!("exec \"$@\" {stdout}>&1 {stderr}>&2 >/dev/null 2>/dev/null")
         }
     };
-    command.args(["-c", &redirect, "sh"]).args(&phase.argv).stdin(Stdio::null()).current_dir(directory);
+    fs::create_dir(directory.join("work")).unwrap();
+    let work = directory.join("work");
+    command.args(["-c", &redirect, "sh"]).args(&phase.argv).stdin(Stdio::null()).current_dir(work);
     command.env("MILLSTREAM_TASK", "01939b5e-0000-7000-8000-000000000000");
     command.env("MILLSTREAM_STREAM", spec.stream.as_str());
     command.env("MILLSTREAM_OUTPUT", directory).env("MILLSTREAM_WHITEBOARD", directory.join("whiteboard"));
@@ -94,7 +96,7 @@ fn run(block: &Block, directory: &Path) -> Output {
         let FileSource::Inline(content) = &file.source else { panic!("{file:?}") };
         fs::write(&path, content).unwrap();
         if let Some(name) = &file.environment_name {
-            command.env(name, &path);
+            command.env(name, if file.environment_holds_directory { path.parent().unwrap() } else { &path });
         }
     }
     command.output().unwrap()
@@ -135,6 +137,13 @@ fn a_panic_is_printed_with_its_place_and_fails_the_block() {
 fn a_parameter_that_is_not_there_names_the_nearest() {
     let block = asks_for_a_wrong_parameter().param("number", 7);
     check(&block, 1, "", "error: the block has no parameter `nmber`: did you mean `number`?\n");
+}
+
+#[test]
+fn python_finds_its_module_and_its_tracebacks_name_the_file() {
+    let greeting = crate::python("import millstream\nprint(millstream.param('number'))").param("number", 7);
+    check(&greeting, 0, "7\n", "");
+    check(&crate::python("\nraise ValueError('x')"), 1, "", "__block__.py\", line 2, in <module>");
 }
 
 #[test]
