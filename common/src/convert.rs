@@ -867,3 +867,6 @@ impl From<&LogRecord> for v1::LogRecord {
         record.clone().into()
     }
 }
+
+#[cfg(test)]
+mod tests;
