@@ -592,13 +592,19 @@ impl Driver {
             topology,
         };
         let (shared, inbox) = (Arc::clone(&work.shared), Arc::clone(&self.setup.inbox));
-        // Reads the block's files: not on this thread.
-        drop(tokio::task::spawn_blocking(move || {
+        let reads_files = block.reads_files();
+        let compile = move || {
             let result = compile(&block, &surroundings, &shared).map(Box::new);
             if inbox.put(Input::Compiled { task, result }).is_err() {
                 debug!("a block was compiled after the end of the test");
             }
-        }));
+        };
+        // Files are not read on this thread; without any, going to another would take longer than compiling.
+        if reads_files {
+            drop(tokio::task::spawn_blocking(compile));
+        } else {
+            compile();
+        }
     }
 
     fn topology(&self) -> Vec<u8> {
