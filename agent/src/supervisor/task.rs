@@ -1,1 +1,1426 @@
 //! Life of one task: queued, staged, running(phase), ending, finished. Pure.
+//!
+//! ```text
+//! queued -> preparing -> ready --its turn--> starting -> running(phase) --next phase--> starting
+//!    |          |          |        |                        |
+//!    |          |          |        +--> held --go--> running(phase)
+//!    |          |          |              |                  +--last phase--> ending the tree -> sealing
+//!    +----------+----------+--------------+-- taken back, drained, refused --------------------> recording -> finished
+//! ```
+//!
+//! A phase that has begun is followed by `teardown`, whatever came of it, unless the session is over. A phase is ended in
+//! steps: terminate, grace, kill, give up. It owns no process, writes no record and asks no clock: it tells what is to be
+//! done and is told what came of it.
+
+use std::time::{Duration, Instant};
+
+use millstream_common::{
+    limits,
+    outcome::{ArchiveInfo, Exit, LeakedProcess, LogTotals, OutcomeKind, PhaseEnd, Reason, TaskEnd},
+    spec::{FailurePolicy, Phase, PhaseSpec, TaskSpec},
+    text::{printable, spoken},
+};
+
+/// The signal that asks.
+pub(crate) const TERMINATE: i32 = 15;
+/// The signal that does not ask.
+pub(crate) const KILL: i32 = 9;
+/// How much of a command a sentence shows.
+const COMMAND_SHOWN_BYTES: usize = 120;
+
+/// Why something could not be begun.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Refusal {
+    /// The fixed word.
+    pub(crate) reason: Reason,
+    /// What was attempted and what the system answered, in one sentence.
+    pub(crate) detail: String,
+}
+
+/// Why the session is over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum SessionEnd {
+    /// The controller was silent for longer than the lease.
+    LeaseExpired,
+    /// The controller closed it.
+    Closed,
+}
+
+impl SessionEnd {
+    const fn reason(self) -> Reason {
+        match self {
+            Self::LeaseExpired => Reason::LeaseExpired,
+            Self::Closed => Reason::SessionClosed,
+        }
+    }
+
+    const fn sentence(self) -> &'static str {
+        match self {
+            Self::LeaseExpired => "the controller was silent for longer than the lease",
+            Self::Closed => "the controller closed the session",
+        }
+    }
+}
+
+/// What happened.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Event {
+    /// The task is next in line: its files may be put in place.
+    BecameNext,
+    /// The task before it has ended.
+    TurnCame,
+    /// The files are in place.
+    Prepared,
+    /// The files could not be put in place.
+    NotPrepared(Refusal),
+    /// The controller lets a held task go.
+    GoOrdered,
+    /// The controller takes the task back.
+    CancelOrdered,
+    /// The controller ends the task.
+    StopOrdered {
+        /// Instead of the task's own grace period.
+        grace: Option<Duration>,
+        /// Whether the deadline of the whole test is why.
+        deadline: bool,
+    },
+    /// The controller sends a signal to the running phase.
+    SignalOrdered(i32),
+    /// The task before it ended unexpectedly and the stream drains.
+    Drained {
+        /// Number and name of that task.
+        after: String,
+    },
+    /// The session is over.
+    SessionEnded(SessionEnd),
+    /// The process of the ordered phase exists. A held one has not begun its program.
+    PhaseStarted {
+        /// Its number.
+        pid: u32,
+        /// Wall clock.
+        wall_ns: u64,
+    },
+    /// A held process was let go.
+    Went {
+        /// Wall clock.
+        wall_ns: u64,
+    },
+    /// The program of the ordered or running phase could not be started.
+    PhaseNotStarted(Refusal),
+    /// The process of the running phase is gone.
+    PhaseExited {
+        /// How.
+        exit: Exit,
+        /// Whether memory ran out in the tree.
+        out_of_memory: bool,
+    },
+    /// Nothing of the task's tree is left, or what is left cannot be ended; its output has been read.
+    TreeEnded {
+        /// Processes that had to be ended; the first few.
+        leaked: Vec<LeakedProcess>,
+        /// Number of all of them.
+        leaked_count: u32,
+        /// Those that could not be ended.
+        survivors: u32,
+        /// Wall clock.
+        wall_ns: u64,
+    },
+    /// Log and results are complete on disk.
+    Sealed(Box<Sealed>),
+    /// The terminal record is written.
+    Recorded,
+    /// Time has passed.
+    TimePassed,
+}
+
+/// What a task has left behind.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub(crate) struct Sealed {
+    /// What was printed.
+    pub(crate) log: LogTotals,
+    /// The results, if there are any.
+    pub(crate) archive: Option<ArchiveInfo>,
+    /// The last lines printed.
+    pub(crate) last_lines: Vec<String>,
+    /// What was left out of the results.
+    pub(crate) skipped: Vec<String>,
+    /// What went wrong while they were sealed, one sentence.
+    pub(crate) trouble: Option<String>,
+}
+
+/// What is to be done.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Action {
+    /// Make the directories and put the files in place.
+    Prepare,
+    /// Create the process of this phase; a held one waits before its program.
+    StartPhase {
+        /// Index of the phase in the specification.
+        index: usize,
+        /// Whether it is held.
+        held: bool,
+    },
+    /// Let the held process begin its program.
+    LetGo,
+    /// Send a signal to the processes of the running phase.
+    Signal(i32),
+    /// End every process of the task, then read what is left of its output.
+    EndTree,
+    /// Complete log and results.
+    Seal,
+    /// Write the terminal record, then say so.
+    Record(Box<TaskEnd>),
+    /// Tell those who watch that state, phase or process changed.
+    Announce,
+}
+
+/// Where a task is, in the words of the protocol.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Stage {
+    /// Waits for the task before it.
+    Queued,
+    /// Its files are in place.
+    Staged,
+    /// A phase runs.
+    Running,
+    /// Its last phase has ended.
+    Ending,
+    /// It has a terminal record.
+    Finished,
+}
+
+#[derive(Debug)]
+enum State {
+    /// Nothing was done for it yet.
+    Queued,
+    /// Files are being put in place.
+    Preparing { turn_came: bool },
+    /// Files are in place; its turn has not come.
+    Ready,
+    /// A process was ordered.
+    Starting { index: usize, held: bool },
+    /// The process of the first phase exists and waits.
+    Held,
+    /// A phase runs.
+    Running(Running),
+    /// The tree is being ended.
+    EndingTree,
+    /// Log and results are being completed.
+    Sealing,
+    /// The terminal record is being written.
+    Recording,
+    /// There is a terminal record.
+    Finished,
+}
+
+#[derive(Debug)]
+struct Running {
+    index: usize,
+    since: Instant,
+    step: Step,
+}
+
+/// How far the end of a phase has been forced.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Step {
+    /// It runs by itself.
+    Free { limit: Option<Instant> },
+    /// It was asked to end.
+    Terminating { why: Why, kill_at: Instant },
+    /// It was killed.
+    Killing { why: Why, give_up_at: Instant },
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Why {
+    Timeout,
+    Stop { deadline: bool },
+}
+
+impl Why {
+    const fn outcome(self) -> (OutcomeKind, Reason) {
+        match self {
+            Self::Timeout => (OutcomeKind::TimedOut, Reason::PhaseTimeout),
+            Self::Stop { deadline: false } => (OutcomeKind::Stopped, Reason::Stopped),
+            Self::Stop { deadline: true } => (OutcomeKind::TimedOut, Reason::TestDeadline),
+        }
+    }
+}
+
+/// An order that could not be followed yet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Pending {
+    Stop { grace: Duration, deadline: bool },
+    SessionEnd(SessionEnd),
+}
+
+/// What came of the task, decided by the first thing that went wrong.
+#[derive(Debug, Clone)]
+struct Verdict {
+    outcome: OutcomeKind,
+    reason: Reason,
+    phase: Option<Phase>,
+    exit: Option<Exit>,
+    detail: String,
+}
+
+/// The life of one task.
+#[derive(Debug)]
+pub(crate) struct Machine {
+    phases: Vec<PhaseSpec>,
+    grace: Duration,
+    hold: bool,
+    drains: bool,
+    expectation: millstream_common::outcome::Expectation,
+    label: String,
+    state: State,
+    went: bool,
+    pending: Option<Pending>,
+    verdict: Option<Verdict>,
+    pid: Option<u32>,
+    began: Option<Instant>,
+    start_time_ns: Option<u64>,
+    end_time_ns: Option<u64>,
+    run_duration: Duration,
+    ends: Vec<PhaseEnd>,
+    leaked: Vec<LeakedProcess>,
+    leaked_count: u32,
+    unexpected: bool,
+}
+
+impl Machine {
+    /// A task that was accepted and waits.
+    pub(crate) fn new(spec: &TaskSpec) -> Self {
+        Self {
+            phases: spec.phases.clone(),
+            grace: spec.grace,
+            hold: spec.hold,
+            drains: spec.failure_policy == FailurePolicy::Drain,
+            expectation: spec.expectation,
+            label: format!("{}-{}", spec.stream_number, spec.name),
+            state: State::Queued,
+            went: false,
+            pending: None,
+            verdict: None,
+            pid: None,
+            began: None,
+            start_time_ns: None,
+            end_time_ns: None,
+            run_duration: Duration::ZERO,
+            ends: Vec::new(),
+            leaked: Vec::new(),
+            leaked_count: 0,
+            unexpected: false,
+        }
+    }
+
+    /// Takes in one event. Never blocks and never reads a clock. Repeated orders are harmless, and so are orders that
+    /// come too late.
+    pub(crate) fn handle(&mut self, event: Event, now: Instant, actions: &mut Vec<Action>) {
+        let before = (self.stage(), self.phase(), self.pid);
+        match event {
+            Event::BecameNext => self.prepare(false, actions),
+            Event::TurnCame => self.take_turn(actions),
+            Event::Prepared => self.go_on_prepared(actions),
+            Event::NotPrepared(refusal) => self.refuse_to_prepare(refusal, actions),
+            Event::GoOrdered => self.go(actions),
+            Event::CancelOrdered => {
+                self.withdraw(Reason::Cancelled, "the controller took it back before it began", actions);
+            }
+            Event::StopOrdered { grace, deadline } => {
+                self.stop(grace.unwrap_or(self.grace), deadline, now, actions);
+            }
+            Event::SignalOrdered(signal) => {
+                if let State::Running(_) = self.state {
+                    actions.push(Action::Signal(signal));
+                }
+            }
+            Event::Drained { after } => {
+                let why = format!("{after} ended unexpectedly and its stream is drained then");
+                self.withdraw(Reason::Drained, &why, actions);
+            }
+            Event::SessionEnded(why) => self.end_session(why, now, actions),
+            Event::PhaseStarted { pid, wall_ns } => self.started(pid, wall_ns, now, actions),
+            Event::Went { wall_ns } => self.began(wall_ns, now, actions),
+            Event::PhaseNotStarted(refusal) => self.not_started(refusal, now, actions),
+            Event::PhaseExited { exit, out_of_memory } => self.exited(exit, out_of_memory, now, actions),
+            Event::TreeEnded { leaked, leaked_count, survivors, wall_ns } => {
+                if let State::EndingTree = self.state {
+                    (self.leaked, self.leaked_count) = (leaked, leaked_count);
+                    self.tree_ended(survivors, wall_ns, actions);
+                }
+            }
+            Event::Sealed(sealed) => self.record_sealed(*sealed, actions),
+            Event::Recorded => {
+                if let State::Recording = self.state {
+                    self.state = State::Finished;
+                }
+            }
+            Event::TimePassed => self.pass_time(now, actions),
+        }
+        if before != (self.stage(), self.phase(), self.pid) {
+            actions.push(Action::Announce);
+        }
+        #[cfg(test)]
+        self.assert_invariants();
+    }
+
+    /// The next moment at which time alone changes something.
+    pub(crate) fn next_deadline(&self) -> Option<Instant> {
+        match &self.state {
+            State::Running(running) => match running.step {
+                Step::Free { limit } => limit,
+                Step::Terminating { kill_at, .. } => Some(kill_at),
+                Step::Killing { give_up_at, .. } => Some(give_up_at),
+            },
+            _ => None,
+        }
+    }
+
+    /// Where it is in its life.
+    pub(crate) fn stage(&self) -> Stage {
+        match self.state {
+            State::Queued | State::Preparing { .. } | State::Ready => Stage::Queued,
+            State::Starting { .. } if self.began.is_none() => Stage::Staged,
+            State::Held => Stage::Staged,
+            State::Starting { .. } | State::Running(_) => Stage::Running,
+            State::EndingTree | State::Sealing | State::Recording => Stage::Ending,
+            State::Finished => Stage::Finished,
+        }
+    }
+
+    /// The phase that runs.
+    pub(crate) fn phase(&self) -> Option<Phase> {
+        match &self.state {
+            State::Running(running) => Some(self.phases[running.index].phase),
+            _ => None,
+        }
+    }
+
+    /// The process of the phase that runs or is held.
+    pub(crate) fn pid(&self) -> Option<u32> {
+        self.pid
+    }
+
+    /// Number in its stream and name.
+    pub(crate) fn label(&self) -> &str {
+        &self.label
+    }
+
+    /// Whether it has ended and the tasks behind it are to be cancelled.
+    pub(crate) fn drains(&self) -> bool {
+        self.drains && self.unexpected
+    }
+
+    /// Why it is where it is, in one sentence; for a waiting task the queue knows more.
+    pub(crate) fn explain(&self) -> String {
+        match &self.state {
+            State::Queued | State::Ready => "waits for the task before it".to_owned(),
+            State::Preparing { .. } => "its files are being put in place".to_owned(),
+            State::Starting { index, .. } => format!("phase {} is being started", self.phases[*index].phase),
+            State::Held => "is ready and waits for the order to go".to_owned(),
+            State::Running(Running { index, step, .. }) => {
+                let phase = self.phases[*index].phase;
+                match step {
+                    Step::Free { .. } => format!("runs phase {phase}"),
+                    Step::Terminating { why, .. } => {
+                        format!("phase {phase} was asked to end: {}", describe(*why))
+                    }
+                    Step::Killing { why, .. } => format!("phase {phase} was killed: {}", describe(*why)),
+                }
+            }
+            State::EndingTree => {
+                "its last phase has ended and what it left running is being ended".to_owned()
+            }
+            State::Sealing => "its log and results are being completed".to_owned(),
+            State::Recording => "its end is being recorded".to_owned(),
+            State::Finished => "has ended".to_owned(),
+        }
+    }
+
+    fn prepare(&mut self, turn_came: bool, actions: &mut Vec<Action>) {
+        if let State::Queued = self.state {
+            self.state = State::Preparing { turn_came };
+            actions.push(Action::Prepare);
+        }
+    }
+
+    fn take_turn(&mut self, actions: &mut Vec<Action>) {
+        match self.state {
+            State::Queued => self.prepare(true, actions),
+            State::Preparing { .. } => self.state = State::Preparing { turn_came: true },
+            State::Ready => self.begin(actions),
+            _ => {}
+        }
+    }
+
+    fn go_on_prepared(&mut self, actions: &mut Vec<Action>) {
+        let State::Preparing { turn_came } = self.state else { return };
+        if self.verdict.is_some() {
+            self.record_unbegun(actions);
+        } else if turn_came {
+            self.begin(actions);
+        } else {
+            self.state = State::Ready;
+        }
+    }
+
+    fn refuse_to_prepare(&mut self, refusal: Refusal, actions: &mut Vec<Action>) {
+        if let State::Preparing { .. } = self.state {
+            self.decide(OutcomeKind::Error, refusal.reason, None, None, refusal.detail);
+            self.record_unbegun(actions);
+        }
+    }
+
+    fn begin(&mut self, actions: &mut Vec<Action>) {
+        let held = self.hold && !self.went;
+        self.state = State::Starting { index: 0, held };
+        actions.push(Action::StartPhase { index: 0, held });
+    }
+
+    fn go(&mut self, actions: &mut Vec<Action>) {
+        let first = !self.went;
+        self.went = true;
+        if let State::Held = self.state
+            && first
+        {
+            actions.push(Action::LetGo);
+        }
+    }
+
+    fn started(&mut self, pid: u32, wall_ns: u64, now: Instant, actions: &mut Vec<Action>) {
+        let State::Starting { index, held } = self.state else { return };
+        self.pid = Some(pid);
+        if held {
+            self.state = State::Held;
+            if self.verdict.is_some() {
+                // Taken back while it was being created.
+                self.end_tree(actions);
+            } else if self.went {
+                actions.push(Action::LetGo);
+            }
+            return;
+        }
+        self.run(index, wall_ns, now);
+        self.follow_pending(now, actions);
+    }
+
+    fn began(&mut self, wall_ns: u64, now: Instant, actions: &mut Vec<Action>) {
+        if let State::Held = self.state {
+            self.run(0, wall_ns, now);
+            self.follow_pending(now, actions);
+        }
+    }
+
+    fn follow_pending(&mut self, now: Instant, actions: &mut Vec<Action>) {
+        match self.pending.take() {
+            Some(Pending::Stop { grace, deadline }) => self.stop(grace, deadline, now, actions),
+            Some(Pending::SessionEnd(why)) => self.end_session(why, now, actions),
+            None => {}
+        }
+    }
+
+    fn run(&mut self, index: usize, wall_ns: u64, now: Instant) {
+        if self.began.is_none() {
+            (self.began, self.start_time_ns) = (Some(now), Some(wall_ns));
+        }
+        let phase = &self.phases[index];
+        let default = (phase.phase == Phase::Teardown).then_some(limits::TEARDOWN_MAX);
+        let limit = phase.timeout.or(default).map(|timeout| now + timeout);
+        self.state = State::Running(Running { index, since: now, step: Step::Free { limit } });
+    }
+
+    fn not_started(&mut self, refusal: Refusal, now: Instant, actions: &mut Vec<Action>) {
+        let index = match &self.state {
+            State::Starting { index, .. } => *index,
+            State::Running(running) => running.index,
+            State::Held => 0,
+            _ => return,
+        };
+        if self.ends.is_empty() {
+            // The system had made a process, but nothing of the block has run in it.
+            (self.began, self.start_time_ns) = (None, None);
+        }
+        let phase = self.phases[index].phase;
+        self.decide(OutcomeKind::Error, refusal.reason, Some(phase), None, refusal.detail);
+        self.pid = None;
+        let over = matches!(self.pending, Some(Pending::SessionEnd(_)));
+        if self.ends.is_empty() || over {
+            return self.end_tree(actions);
+        }
+        self.ends.push(PhaseEnd { phase, outcome: OutcomeKind::Error, exit: None, duration: Duration::ZERO });
+        self.go_on(index, false, now, actions);
+    }
+
+    fn exited(&mut self, exit: Exit, out_of_memory: bool, now: Instant, actions: &mut Vec<Action>) {
+        match &self.state {
+            State::Running(running) => {
+                let (index, since, step) = (running.index, running.since, running.step);
+                self.pid = None;
+                self.end_phase(index, since, step, Some(exit), out_of_memory, now, actions);
+            }
+            State::EndingTree => {
+                // It was killed with the whole tree: only now is it known how it went.
+                self.pid = None;
+                if let Some(last) = self.ends.last_mut().filter(|last| last.outcome == OutcomeKind::Killed) {
+                    last.exit.get_or_insert(exit);
+                }
+            }
+            State::Held => {
+                // Killed from outside before its program began.
+                let detail = format!("the prepared process ended before it was let go, with {exit}");
+                self.decide(
+                    OutcomeKind::Error,
+                    Reason::StartFailed,
+                    Some(self.phases[0].phase),
+                    None,
+                    detail,
+                );
+                self.pid = None;
+                self.end_tree(actions);
+            }
+            _ => {}
+        }
+    }
+
+    #[expect(clippy::too_many_arguments, reason = "the parts of one running phase, taken out of its state")]
+    fn end_phase(
+        &mut self,
+        index: usize,
+        since: Instant,
+        step: Step,
+        exit: Option<Exit>,
+        out_of_memory: bool,
+        now: Instant,
+        actions: &mut Vec<Action>,
+    ) {
+        let phase = self.phases[index].phase;
+        let duration = now.saturating_duration_since(since);
+        let (outcome, reason, detail) = self.judge(index, step, exit, out_of_memory, duration);
+        self.ends.push(PhaseEnd { phase, outcome, exit, duration });
+        let passed = outcome == OutcomeKind::Passed;
+        if !passed {
+            self.decide(outcome, reason, Some(phase), exit, detail);
+        }
+        self.go_on(index, passed, now, actions);
+    }
+
+    fn judge(
+        &self,
+        index: usize,
+        step: Step,
+        exit: Option<Exit>,
+        out_of_memory: bool,
+        duration: Duration,
+    ) -> (OutcomeKind, Reason, String) {
+        let command = self.command(index);
+        match (step, exit) {
+            (Step::Terminating { why, .. } | Step::Killing { why, .. }, exit) => {
+                let (outcome, reason) = why.outcome();
+                let how = match (step, exit) {
+                    (_, None) => "killed, and could not be ended",
+                    (Step::Killing { .. }, _) => "killed",
+                    _ => "terminated",
+                };
+                let detail = match why {
+                    Why::Timeout => {
+                        let limit = self.phases[index].timeout.unwrap_or(limits::TEARDOWN_MAX);
+                        format!("{command} still ran after its limit of {} and was {how}", spoken(limit))
+                    }
+                    Why::Stop { .. } => {
+                        format!("{command} was {how} after {}: {}", spoken(duration), describe(why))
+                    }
+                };
+                (outcome, reason, detail)
+            }
+            (Step::Free { .. }, Some(Exit::Code(0))) => (OutcomeKind::Passed, Reason::Exited, String::new()),
+            (Step::Free { .. }, Some(exit)) if out_of_memory => {
+                let detail = format!("{command} ended with {exit}: memory ran out in its process tree");
+                (OutcomeKind::Killed, Reason::OutOfMemory, detail)
+            }
+            (Step::Free { .. }, Some(exit @ Exit::Code(_))) => {
+                (OutcomeKind::Failed, Reason::Exited, format!("{command} ended with {exit}"))
+            }
+            (Step::Free { .. }, Some(exit @ Exit::Signal(_))) => {
+                (OutcomeKind::Killed, Reason::Signaled, format!("{command} was ended by {exit}"))
+            }
+            (Step::Free { .. }, None) => {
+                (OutcomeKind::Killed, Reason::Signaled, format!("{command} is gone without a trace"))
+            }
+        }
+    }
+
+    /// What follows a phase: the next one if it passed, else the teardown, else the end.
+    fn go_on(&mut self, index: usize, passed: bool, now: Instant, actions: &mut Vec<Action>) {
+        let next =
+            (index + 1..self.phases.len()).find(|&i| passed || self.phases[i].phase == Phase::Teardown);
+        if let Some(began) = self.began {
+            self.run_duration = now.saturating_duration_since(began);
+        }
+        match next {
+            Some(index) => {
+                self.state = State::Starting { index, held: false };
+                actions.push(Action::StartPhase { index, held: false });
+            }
+            None => self.end_tree(actions),
+        }
+    }
+
+    fn end_tree(&mut self, actions: &mut Vec<Action>) {
+        self.pending = None;
+        self.state = State::EndingTree;
+        actions.push(Action::EndTree);
+    }
+
+    fn tree_ended(&mut self, survivors: u32, wall_ns: u64, actions: &mut Vec<Action>) {
+        self.pid = None;
+        if survivors > 0
+            && let Some(verdict) = &mut self.verdict
+        {
+            verdict.detail.push_str(&format!("; {survivors} of its processes could not be ended"));
+        }
+        if self.start_time_ns.is_some() {
+            self.end_time_ns = Some(wall_ns);
+        }
+        self.state = State::Sealing;
+        actions.push(Action::Seal);
+    }
+
+    /// Terminates, waits for the grace period, kills.
+    fn stop(&mut self, grace: Duration, deadline: bool, now: Instant, actions: &mut Vec<Action>) {
+        match &mut self.state {
+            State::Running(running) => {
+                let why = Why::Stop { deadline };
+                // A teardown is how a stop ends: it has a limit of its own.
+                if self.phases[running.index].phase == Phase::Teardown {
+                    return;
+                }
+                match running.step {
+                    Step::Free { .. } => force(running, why, grace, now, actions),
+                    Step::Terminating { why, kill_at } => {
+                        // Asked again: the shorter patience counts, the first cause stands.
+                        running.step = Step::Terminating { why, kill_at: kill_at.min(now + grace) };
+                        self.pass_time(now, actions);
+                    }
+                    Step::Killing { .. } => {}
+                }
+            }
+            State::Starting { held: false, .. } => {
+                self.pending.get_or_insert(Pending::Stop { grace, deadline });
+            }
+            State::Held if self.went => {
+                self.pending.get_or_insert(Pending::Stop { grace, deadline });
+            }
+            _ if deadline => {
+                self.withdraw(
+                    Reason::TestDeadline,
+                    "the deadline of the whole test passed before it began",
+                    actions,
+                );
+            }
+            _ => self.withdraw(Reason::Cancelled, "the controller took it back before it began", actions),
+        }
+    }
+
+    /// Takes back a task whose first phase has not begun; on any other it does nothing.
+    fn withdraw(&mut self, reason: Reason, detail: &str, actions: &mut Vec<Action>) {
+        let outcome = OutcomeKind::Cancelled;
+        match self.state {
+            State::Queued | State::Ready => {
+                self.decide(outcome, reason, None, None, detail.to_owned());
+                self.record_unbegun(actions);
+            }
+            State::Preparing { .. } | State::Starting { held: true, .. } => {
+                self.decide(outcome, reason, None, None, detail.to_owned());
+            }
+            State::Held if !self.went => {
+                self.decide(outcome, reason, None, None, detail.to_owned());
+                self.end_tree(actions);
+            }
+            _ => {}
+        }
+    }
+
+    fn end_session(&mut self, why: SessionEnd, now: Instant, actions: &mut Vec<Action>) {
+        match &self.state {
+            State::Running(running) => {
+                let (index, since) = (running.index, running.since);
+                let spec = &self.phases[index];
+                let unrun = spec.phase != Phase::Teardown
+                    && self.phases.iter().any(|phase| phase.phase == Phase::Teardown);
+                let mut detail = format!("{} was killed: {}", self.command(index), why.sentence());
+                if unrun {
+                    detail.push_str("; teardown was not run");
+                }
+                let phase = spec.phase;
+                let duration = now.saturating_duration_since(since);
+                self.ends.push(PhaseEnd { phase, outcome: OutcomeKind::Killed, exit: None, duration });
+                self.decide(OutcomeKind::Killed, why.reason(), Some(phase), None, detail);
+                if let Some(began) = self.began {
+                    self.run_duration = now.saturating_duration_since(began);
+                }
+                self.end_tree(actions);
+            }
+            State::Starting { held: false, .. } => self.pending = Some(Pending::SessionEnd(why)),
+            State::Held if self.went => self.pending = Some(Pending::SessionEnd(why)),
+            _ => self.withdraw(why.reason(), why.sentence(), actions),
+        }
+    }
+
+    fn pass_time(&mut self, now: Instant, actions: &mut Vec<Action>) {
+        let State::Running(running) = &mut self.state else { return };
+        match running.step {
+            Step::Free { limit: Some(limit) } if limit <= now => {
+                force(running, Why::Timeout, self.grace, now, actions);
+            }
+            Step::Terminating { why, kill_at } if kill_at <= now => {
+                running.step = Step::Killing { why, give_up_at: now + limits::KILL_MAX };
+                actions.push(Action::Signal(KILL));
+            }
+            Step::Killing { give_up_at, .. } if give_up_at <= now => {
+                let (index, since, step) = (running.index, running.since, running.step);
+                self.end_phase(index, since, step, None, false, now, actions);
+            }
+            _ => {}
+        }
+    }
+
+    fn record_sealed(&mut self, sealed: Sealed, actions: &mut Vec<Action>) {
+        let State::Sealing = self.state else { return };
+        let last = self.ends.last();
+        let mut verdict = self.verdict.take().unwrap_or(Verdict {
+            outcome: OutcomeKind::Passed,
+            reason: Reason::Exited,
+            phase: last.map(|end| end.phase),
+            exit: last.and_then(|end| end.exit),
+            detail: String::new(),
+        });
+        if verdict.exit.is_none()
+            && let Some(end) = last.filter(|end| Some(end.phase) == verdict.phase)
+        {
+            verdict.exit = end.exit;
+        }
+        if let Some(trouble) = sealed.trouble {
+            let between = if verdict.detail.is_empty() { "" } else { "; " };
+            verdict.detail = format!("{}{between}{trouble}", verdict.detail);
+        }
+        let end = TaskEnd {
+            outcome: verdict.outcome,
+            reason: verdict.reason,
+            phase: verdict.phase,
+            exit: verdict.exit,
+            detail: printable(verdict.detail.as_bytes(), limits::TEXT_BYTES_MAX - '…'.len_utf8()),
+            start_time_ns: self.start_time_ns,
+            end_time_ns: self.end_time_ns,
+            run_duration: self.run_duration,
+            phases: std::mem::take(&mut self.ends),
+            leaked: std::mem::take(&mut self.leaked),
+            leaked_count: self.leaked_count,
+            log: sealed.log,
+            archive: sealed.archive,
+            last_lines: sealed.last_lines,
+            skipped: sealed.skipped,
+        };
+        self.record(end, actions);
+    }
+
+    fn record_unbegun(&mut self, actions: &mut Vec<Action>) {
+        let verdict = self.verdict.take().expect("who is not begun was refused or taken back");
+        let detail = printable(verdict.detail.as_bytes(), limits::TEXT_BYTES_MAX - '…'.len_utf8());
+        self.record(TaskEnd::never_begun(verdict.outcome, verdict.reason, detail), actions);
+    }
+
+    fn record(&mut self, end: TaskEnd, actions: &mut Vec<Action>) {
+        self.unexpected = !end.is_expected(self.expectation);
+        self.state = State::Recording;
+        actions.push(Action::Record(Box::new(end)));
+    }
+
+    /// The first verdict stands.
+    fn decide(
+        &mut self,
+        outcome: OutcomeKind,
+        reason: Reason,
+        phase: Option<Phase>,
+        exit: Option<Exit>,
+        detail: String,
+    ) {
+        self.verdict.get_or_insert(Verdict { outcome, reason, phase, exit, detail });
+    }
+
+    fn command(&self, index: usize) -> String {
+        format!("`{}`", printable(self.phases[index].argv.join(" ").as_bytes(), COMMAND_SHOWN_BYTES))
+    }
+
+    #[cfg(test)]
+    fn assert_invariants(&self) {
+        let running = matches!(self.state, State::Running(_));
+        assert!(!running || self.began.is_some(), "what runs has begun");
+        assert!(self.next_deadline().is_none() || running, "only what runs has a deadline");
+        assert!(self.ends.len() <= self.phases.len(), "a phase ends once");
+        assert!(self.ends.is_sorted_by(|a, b| a.phase < b.phase), "phases keep their order");
+        let over = matches!(self.state, State::Recording | State::Finished);
+        assert!(!over || self.pid.is_none(), "who has ended has no process");
+        assert!(
+            self.pending.is_none() || matches!(self.state, State::Starting { .. } | State::Held),
+            "orders do not rest"
+        );
+    }
+}
+
+/// Takes the first step of ending a phase.
+fn force(running: &mut Running, why: Why, grace: Duration, now: Instant, actions: &mut Vec<Action>) {
+    if grace.is_zero() {
+        running.step = Step::Killing { why, give_up_at: now + limits::KILL_MAX };
+        actions.push(Action::Signal(KILL));
+    } else {
+        running.step = Step::Terminating { why, kill_at: now + grace };
+        actions.push(Action::Signal(TERMINATE));
+    }
+}
+
+const fn describe(why: Why) -> &'static str {
+    match why {
+        Why::Timeout => "it had reached its limit",
+        Why::Stop { deadline: false } => "the controller stopped it",
+        Why::Stop { deadline: true } => "the deadline of the whole test had passed",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use expect_test::{Expect, expect};
+    use millstream_common::{
+        clock::{Clock as _, SystemClock},
+        id::{BlockName, StreamName},
+        outcome::Expectation,
+        spec::{OutputDescriptors, ResourceLimits},
+    };
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const SECOND: Duration = Duration::from_secs(1);
+
+    fn phases(phases: &[(Phase, &str)]) -> TaskSpec {
+        let phase = |&(phase, program): &(Phase, &str)| PhaseSpec {
+            phase,
+            argv: vec![program.to_owned()],
+            timeout: (phase == Phase::Run).then_some(10 * SECOND),
+            output: OutputDescriptors::Standard,
+        };
+        TaskSpec {
+            stream: StreamName::new("s").unwrap(),
+            name: BlockName::new("block").unwrap(),
+            stream_number: 1,
+            test_number: 1,
+            files: Vec::new(),
+            phases: phases.iter().map(phase).collect(),
+            environment: BTreeMap::new(),
+            working_directory: String::new(),
+            user: None,
+            limits: ResourceLimits::default(),
+            grace: 5 * SECOND,
+            log_head_bytes: 0,
+            log_tail_bytes: 0,
+            expectation: Expectation::Pass,
+            failure_policy: FailurePolicy::Drain,
+            hold: false,
+        }
+    }
+
+    fn simple() -> TaskSpec {
+        phases(&[(Phase::Run, "work")])
+    }
+
+    fn full() -> TaskSpec {
+        phases(&[(Phase::Setup, "up"), (Phase::Run, "work"), (Phase::Teardown, "down")])
+    }
+
+    fn held() -> TaskSpec {
+        TaskSpec { hold: true, ..simple() }
+    }
+
+    fn started(pid: u32) -> Event {
+        Event::PhaseStarted { pid, wall_ns: 100 }
+    }
+
+    fn exited(code: i32) -> Event {
+        Event::PhaseExited { exit: Exit::Code(code), out_of_memory: false }
+    }
+
+    fn signaled(signal: i32) -> Event {
+        Event::PhaseExited { exit: Exit::Signal(signal), out_of_memory: false }
+    }
+
+    fn tree_ended() -> Event {
+        Event::TreeEnded { leaked: Vec::new(), leaked_count: 0, survivors: 0, wall_ns: 200 }
+    }
+
+    fn sealed() -> Event {
+        Event::Sealed(Box::default())
+    }
+
+    fn stop() -> Event {
+        Event::StopOrdered { grace: None, deadline: false }
+    }
+
+    /// Seconds since the beginning, and what happened then.
+    type Script<'a> = &'a [(u64, Event)];
+
+    fn check(spec: &TaskSpec, script: Script<'_>, transcript: &Expect) {
+        let (mut machine, origin, mut lines) =
+            (Machine::new(spec), SystemClock.now().into_std(), String::new());
+        for (seconds, event) in script {
+            let mut actions = Vec::new();
+            machine.handle(event.clone(), origin + Duration::from_secs(*seconds), &mut actions);
+            for action in actions {
+                let line = match action {
+                    Action::Prepare => "prepare".to_owned(),
+                    Action::StartPhase { index, held } => {
+                        let phase = spec.phases[index].phase;
+                        format!("start {phase}{}", if held { ", held" } else { "" })
+                    }
+                    Action::LetGo => "let go".to_owned(),
+                    Action::Signal(signal) => format!("signal {signal}"),
+                    Action::EndTree => "end tree".to_owned(),
+                    Action::Seal => "seal".to_owned(),
+                    Action::Record(end) => {
+                        let phase = end.phase.map_or("none".to_owned(), |phase| phase.to_string());
+                        let ran: Vec<_> =
+                            end.phases.iter().map(|end| format!("{} {}", end.phase, end.outcome)).collect();
+                        format!(
+                            "record {} ({}) in phase {phase}: {:?} [{}] {}",
+                            end.outcome,
+                            end.reason,
+                            end.exit,
+                            ran.join(", "),
+                            end.detail
+                        )
+                    }
+                    Action::Announce => format!("  {:?} {:?}", machine.stage(), machine.phase()),
+                };
+                lines += &format!("{line}\n");
+            }
+        }
+        transcript.assert_eq(&lines);
+    }
+
+    #[test]
+    fn a_simple_task_passes() {
+        check(
+            &simple(),
+            &[
+                (0, Event::TurnCame),
+                (0, Event::Prepared),
+                (0, started(7)),
+                (3, exited(0)),
+                (3, tree_ended()),
+                (3, sealed()),
+                (3, Event::Recorded),
+            ],
+            &expect![[r#"
+                prepare
+                start run
+                  Staged None
+                  Running Some(Run)
+                end tree
+                  Ending None
+                seal
+                record passed (exited) in phase run: Some(Code(0)) [run passed] 
+                  Finished None
+            "#]],
+        );
+    }
+
+    #[test]
+    fn teardown_runs_after_a_failed_setup_and_run_does_not() {
+        check(
+            &full(),
+            &[
+                (0, Event::BecameNext),
+                (0, Event::Prepared),
+                (1, Event::TurnCame),
+                (1, started(7)),
+                (2, exited(3)),
+                (2, started(8)),
+                (3, exited(0)),
+                (3, tree_ended()),
+                (3, sealed()),
+            ],
+            &expect![[r#"
+                prepare
+                start setup
+                  Staged None
+                  Running Some(Setup)
+                start teardown
+                  Running None
+                  Running Some(Teardown)
+                end tree
+                  Ending None
+                seal
+                record failed (exited) in phase setup: Some(Code(3)) [setup failed, teardown passed] `up` ended with exit code 3
+            "#]],
+        );
+    }
+
+    #[test]
+    fn a_timeout_is_terminated_killed_and_torn_down_within_the_limit_of_teardown() {
+        check(
+            &full(),
+            &[
+                (0, Event::TurnCame),
+                (0, Event::Prepared),
+                (0, started(7)),
+                (1, exited(0)),
+                (1, started(8)),
+                (10, Event::TimePassed),
+                (11, Event::TimePassed),
+                (15, Event::TimePassed),
+                (16, Event::TimePassed),
+                (16, signaled(9)),
+                (16, started(9)),
+                (75, Event::TimePassed),
+                (76, Event::TimePassed),
+                (77, signaled(15)),
+                (77, tree_ended()),
+                (77, sealed()),
+            ],
+            &expect![[r#"
+                prepare
+                start setup
+                  Staged None
+                  Running Some(Setup)
+                start run
+                  Running None
+                  Running Some(Run)
+                signal 15
+                signal 9
+                start teardown
+                  Running None
+                  Running Some(Teardown)
+                signal 15
+                end tree
+                  Ending None
+                seal
+                record timed out (phase_timeout) in phase run: Some(Signal(9)) [setup passed, run timed out, teardown timed out] `work` still ran after its limit of 10 s and was killed
+            "#]],
+        );
+    }
+
+    #[test]
+    fn a_stop_terminates_and_teardown_still_runs_and_is_not_stopped() {
+        check(
+            &full(),
+            &[
+                (0, Event::TurnCame),
+                (0, Event::Prepared),
+                (0, started(7)),
+                (1, stop()),
+                (1, stop()),
+                (2, exited(0)),
+                (2, stop()),
+                (2, started(8)),
+                (3, stop()),
+                (3, exited(0)),
+                (3, tree_ended()),
+                (3, sealed()),
+                (4, stop()),
+            ],
+            &expect![[r#"
+                prepare
+                start setup
+                  Staged None
+                  Running Some(Setup)
+                signal 15
+                start teardown
+                  Running None
+                  Running Some(Teardown)
+                end tree
+                  Ending None
+                seal
+                record stopped (stopped) in phase setup: Some(Code(0)) [setup stopped, teardown passed] `up` was terminated after 2.0 s: the controller stopped it
+            "#]],
+        );
+    }
+
+    #[test]
+    fn a_stop_without_patience_kills_at_once() {
+        check(
+            &simple(),
+            &[
+                (0, Event::TurnCame),
+                (0, Event::Prepared),
+                (0, started(7)),
+                (1, stop()),
+                (2, Event::StopOrdered { grace: Some(Duration::ZERO), deadline: false }),
+                (2, signaled(9)),
+                (2, tree_ended()),
+                (2, sealed()),
+            ],
+            &expect![[r#"
+                prepare
+                start run
+                  Staged None
+                  Running Some(Run)
+                signal 15
+                signal 9
+                end tree
+                  Ending None
+                seal
+                record stopped (stopped) in phase run: Some(Signal(9)) [run stopped] `work` was killed after 2.0 s: the controller stopped it
+            "#]],
+        );
+    }
+
+    #[test]
+    fn a_process_that_cannot_be_killed_is_given_up() {
+        check(
+            &simple(),
+            &[
+                (0, Event::TurnCame),
+                (0, Event::Prepared),
+                (0, started(7)),
+                (10, Event::TimePassed),
+                (15, Event::TimePassed),
+                (20, Event::TimePassed),
+                (25, Event::TreeEnded { leaked: Vec::new(), leaked_count: 1, survivors: 1, wall_ns: 300 }),
+                (25, sealed()),
+            ],
+            &expect![[r#"
+                prepare
+                start run
+                  Staged None
+                  Running Some(Run)
+                signal 15
+                signal 9
+                end tree
+                  Ending None
+                seal
+                  Ending None
+                record timed out (phase_timeout) in phase run: None [run timed out] `work` still ran after its limit of 10 s and was killed, and could not be ended; 1 of its processes could not be ended
+            "#]],
+        );
+    }
+
+    #[test]
+    fn a_held_task_waits_for_go_and_can_be_taken_back() {
+        check(
+            &held(),
+            &[
+                (0, Event::TurnCame),
+                (0, Event::Prepared),
+                (0, started(7)),
+                (1, Event::GoOrdered),
+                (1, Event::GoOrdered),
+                (1, Event::CancelOrdered),
+                (1, Event::Went { wall_ns: 5 }),
+                (1, Event::CancelOrdered),
+            ],
+            &expect![[r#"
+                prepare
+                start run, held
+                  Staged None
+                  Staged None
+                let go
+                  Running Some(Run)
+            "#]],
+        );
+        check(
+            &held(),
+            &[
+                (0, Event::TurnCame),
+                (0, Event::Prepared),
+                (0, started(7)),
+                (1, Event::CancelOrdered),
+                (1, Event::GoOrdered),
+                (1, signaled(9)),
+                (1, tree_ended()),
+                (1, sealed()),
+            ],
+            &expect![[r#"
+                prepare
+                start run, held
+                  Staged None
+                  Staged None
+                end tree
+                  Ending None
+                  Ending None
+                seal
+                record cancelled (cancelled) in phase none: None [] the controller took it back before it began
+            "#]],
+        );
+    }
+
+    #[test]
+    fn go_may_come_before_the_turn() {
+        check(
+            &held(),
+            &[(0, Event::GoOrdered), (0, Event::TurnCame), (0, Event::Prepared)],
+            &expect![[r#"
+                prepare
+                start run
+                  Staged None
+            "#]],
+        );
+    }
+
+    #[test]
+    fn a_cancelled_task_never_begins_even_while_its_files_are_put_in_place() {
+        check(
+            &simple(),
+            &[(0, Event::CancelOrdered), (0, Event::TurnCame), (0, Event::Recorded)],
+            &expect![[r#"
+                record cancelled (cancelled) in phase none: None [] the controller took it back before it began
+                  Ending None
+                  Finished None
+            "#]],
+        );
+        check(
+            &simple(),
+            &[
+                (0, Event::TurnCame),
+                (0, Event::CancelOrdered),
+                (0, Event::CancelOrdered),
+                (0, Event::Prepared),
+            ],
+            &expect![[r#"
+                prepare
+                record cancelled (cancelled) in phase none: None [] the controller took it back before it began
+                  Ending None
+            "#]],
+        );
+    }
+
+    #[test]
+    fn a_program_that_does_not_start_is_an_error_and_needs_no_teardown() {
+        let refusal =
+            Refusal { reason: Reason::StartFailed, detail: "`up` is not in the PATH of the task".to_owned() };
+        check(
+            &full(),
+            &[
+                (0, Event::TurnCame),
+                (0, Event::Prepared),
+                (0, started(7)),
+                (0, Event::PhaseNotStarted(refusal)),
+                (0, tree_ended()),
+                (0, sealed()),
+            ],
+            &expect![[r#"
+                prepare
+                start setup
+                  Staged None
+                  Running Some(Setup)
+                end tree
+                  Ending None
+                seal
+                record error (start_failed) in phase setup: None [] `up` is not in the PATH of the task
+            "#]],
+        );
+    }
+
+    #[test]
+    fn the_end_of_a_session_kills_and_tells_that_teardown_was_not_run() {
+        check(
+            &full(),
+            &[
+                (0, Event::TurnCame),
+                (0, Event::Prepared),
+                (0, started(7)),
+                (1, Event::SessionEnded(SessionEnd::LeaseExpired)),
+                (1, signaled(9)),
+                (1, tree_ended()),
+                (1, sealed()),
+            ],
+            &expect![[r#"
+                prepare
+                start setup
+                  Staged None
+                  Running Some(Setup)
+                end tree
+                  Ending None
+                  Ending None
+                seal
+                record killed (lease_expired) in phase setup: Some(Signal(9)) [setup killed] `up` was killed: the controller was silent for longer than the lease; teardown was not run
+            "#]],
+        );
+    }
+
+    #[test]
+    fn an_order_that_comes_while_a_process_is_made_is_followed_when_it_is_there() {
+        check(
+            &simple(),
+            &[(0, Event::TurnCame), (0, Event::Prepared), (0, stop()), (0, started(7))],
+            &expect![[r#"
+                prepare
+                start run
+                  Staged None
+                signal 15
+                  Running Some(Run)
+            "#]],
+        );
+    }
+
+    fn any_event() -> impl Strategy<Value = Event> {
+        let refusal = || Refusal { reason: Reason::StartFailed, detail: "no".to_owned() };
+        prop_oneof![
+            1 => Just(Event::BecameNext),
+            3 => Just(Event::TurnCame),
+            3 => Just(Event::Prepared),
+            1 => Just(Event::NotPrepared(refusal())),
+            2 => Just(Event::GoOrdered),
+            1 => Just(Event::CancelOrdered),
+            1 => (any::<bool>(), 0_u64..8).prop_map(|(deadline, seconds)| Event::StopOrdered {
+                grace: (seconds > 0).then(|| Duration::from_secs(seconds - 1)),
+                deadline,
+            }),
+            1 => Just(Event::SignalOrdered(10)),
+            1 => Just(Event::Drained { after: "1-a".to_owned() }),
+            1 => Just(Event::SessionEnded(SessionEnd::LeaseExpired)),
+            1 => Just(Event::SessionEnded(SessionEnd::Closed)),
+            4 => Just(started(7)),
+            2 => Just(Event::Went { wall_ns: 1 }),
+            1 => Just(Event::PhaseNotStarted(refusal())),
+            3 => Just(exited(0)),
+            1 => Just(exited(1)),
+            1 => Just(signaled(9)),
+            3 => Just(tree_ended()),
+            3 => Just(sealed()),
+            3 => Just(Event::Recorded),
+            2 => Just(Event::TimePassed),
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn one_record_and_teardown_after_every_beginning(
+            steps in prop::collection::vec((any_event(), 0_u64..20), 0..80),
+            shape in 0_usize..3,
+        ) {
+            let spec = [simple(), full(), held()][shape].clone();
+            let (mut machine, mut now) = (Machine::new(&spec), SystemClock.now().into_std());
+            let (mut records, mut torn, mut over) = (0, false, false);
+            for (event, seconds) in steps {
+                now += Duration::from_secs(seconds);
+                let mut actions = Vec::new();
+                over |= matches!(event, Event::SessionEnded(_));
+                machine.handle(event, now, &mut actions);
+                for action in &actions {
+                    match action {
+                        Action::StartPhase { index, .. } if spec.phases[*index].phase == Phase::Teardown => torn = true,
+                        Action::StartPhase { index, .. } => prop_assert!(!torn, "{index} after teardown"),
+                        Action::Record(end) => {
+                            records += 1;
+                            let needs = spec.phases.len() > 1 && !end.phases.is_empty() && !over;
+                            prop_assert!(!needs || torn, "begun without teardown: {end:?}");
+                        }
+                        _ => {}
+                    }
+                }
+                prop_assert!(records <= 1, "one terminal record");
+            }
+        }
+    }
+}
