@@ -1,5 +1,6 @@
 //! One process per session: the one loop that selects, feeds the machines and performs their actions.
 
+pub(crate) mod account;
 pub mod blobs;
 pub mod cgroup;
 pub mod process;

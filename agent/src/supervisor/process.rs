@@ -1,1 +1,886 @@
-//! Spawns, signals and reaps the processes of a task.
+//! Spawns, signals and reaps the first process of a phase.
+//!
+//! A process is made by one `clone3` that returns a descriptor for it and lets it be born inside its control group. From
+//! then on it is named by that descriptor alone, so that no signal can ever reach a stranger with a recycled number.
+//! Nothing here knows of a task, a log or a tree.
+
+use std::{
+    ffi::{CString, c_char, c_int},
+    io,
+    os::{
+        fd::{AsFd, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd, RawFd},
+        unix::ffi::OsStrExt as _,
+    },
+    path::{Path, PathBuf},
+    ptr,
+    sync::OnceLock,
+};
+
+use millstream_common::{outcome::Exit, outcome::Reason, spec::OutputDescriptors, text::printable};
+use rustix::{
+    pipe::{PipeFlags, pipe_with},
+    process::{WaitId, WaitIdOptions, waitid},
+};
+use serde::{Deserialize, Serialize};
+
+use super::{account::Account, task::Refusal};
+
+/// Where programs are looked up when the task has no `PATH`.
+const DEFAULT_PATH: &str = "/usr/local/bin:/usr/bin:/bin";
+/// Descriptors below may be given to the block: what the child itself needs is moved above.
+const OWN_DESCRIPTOR_MIN: RawFd = 16;
+/// How often a program that is being written is tried again, 5 ms apart: another process that is just being made may
+/// hold it open for writing, for as long as it takes to begin its own program.
+const BUSY_TRIES_MAX: u32 = 400;
+const BUSY_PAUSE_NS: i64 = 5_000_000;
+
+/// What is to be run, and how.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Launch {
+    /// Program and arguments; at least one.
+    pub(crate) argv: Vec<String>,
+    /// The whole environment.
+    pub(crate) environment: Vec<(String, String)>,
+    /// Absolute.
+    pub(crate) working_directory: PathBuf,
+    /// Whom to become; none to stay.
+    pub(crate) user: Option<Account>,
+    /// Descriptors of the two outputs when they are moved; 1 and 2 are `/dev/null` then.
+    pub(crate) moved: Option<(RawFd, RawFd)>,
+    /// Whether it waits before its program until it is let go.
+    pub(crate) held: bool,
+}
+
+/// The place of the outputs in a [`Launch`].
+pub(crate) const fn moved(output: OutputDescriptors) -> Option<(RawFd, RawFd)> {
+    match output {
+        OutputDescriptors::Standard => None,
+        OutputDescriptors::Moved { stdout, stderr } => Some((stdout, stderr)),
+    }
+}
+
+/// Descriptors of a process to be made.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Channels<'a> {
+    /// `/dev/null`, open for reading and writing.
+    pub(crate) null: BorrowedFd<'a>,
+    /// Write end of its output.
+    pub(crate) stdout: BorrowedFd<'a>,
+    /// Write end of its error output.
+    pub(crate) stderr: BorrowedFd<'a>,
+}
+
+/// Where a process is born.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Placement<'a> {
+    /// Directory of its control group of version 2.
+    pub(crate) cgroup: Option<BorrowedFd<'a>>,
+    /// Files of control groups that it enters before its program, by writing `0`.
+    pub(crate) joins: &'a [OwnedFd],
+}
+
+/// Why no process could be made.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum SpawnError {
+    /// An argument, variable or path cannot be given to a program.
+    #[error("the {what} holds a NUL")]
+    Nul {
+        /// Which.
+        what: &'static str,
+    },
+    /// No pipe could be made.
+    #[error("cannot make a pipe")]
+    Pipe(#[source] io::Error),
+    /// No process could be made.
+    #[error("cannot make a process")]
+    Clone(#[source] io::Error),
+}
+
+impl SpawnError {
+    /// For the record of a task.
+    pub(crate) fn refusal(&self, launch: &Launch) -> Refusal {
+        let cause = std::error::Error::source(self).map(|source| format!(": {source}")).unwrap_or_default();
+        let exhausted = !matches!(self, Self::Nul { .. });
+        let reason = if exhausted { Reason::HostExhausted } else { Reason::StartFailed };
+        Refusal { reason, detail: format!("failed to start `{}`: {self}{cause}", launch.shown_program()) }
+    }
+}
+
+impl Launch {
+    fn shown_program(&self) -> String {
+        printable(self.argv[0].as_bytes(), 256)
+    }
+
+    fn search_path(&self) -> &str {
+        self.environment.iter().rfind(|(name, _)| name == "PATH").map_or(DEFAULT_PATH, |(_, path)| path)
+    }
+
+    /// Every file that the program may be, in the order in which they are tried.
+    fn candidates(&self) -> Vec<PathBuf> {
+        let program = &self.argv[0];
+        if program.contains('/') {
+            return vec![program.into()];
+        }
+        let directories = self.search_path().split(':');
+        directories
+            .map(|directory| Path::new(if directory.is_empty() { "." } else { directory }).join(program))
+            .collect()
+    }
+}
+
+/// A process that was made.
+#[derive(Debug)]
+pub(crate) struct Process {
+    pid: u32,
+    pidfd: OwnedFd,
+    report: OwnedFd,
+    gate: Option<OwnedFd>,
+    reaped: bool,
+}
+
+impl AsFd for Process {
+    /// Readable when the process has ended.
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.pidfd.as_fd()
+    }
+}
+
+impl Process {
+    /// Its number, to be shown and never to be used.
+    pub(crate) fn pid(&self) -> u32 {
+        self.pid
+    }
+
+    /// Lets a held process begin its program. On any other it does nothing.
+    pub(crate) fn let_go(&mut self) {
+        if let Some(gate) = self.gate.take() {
+            // A process that is gone cannot be let go: its end is seen elsewhere.
+            let _written: Result<usize, _> = rustix::io::write(&gate, &[1]);
+        }
+    }
+
+    /// Sends a signal to the process and to all in its process group. A process that has ended gets nothing.
+    ///
+    /// # Errors
+    /// When the system refuses, for example for a number that is no signal.
+    pub(crate) fn signal(&self, signal: c_int) -> io::Result<()> {
+        if self.reaped {
+            return Ok(());
+        }
+        match send(self.pidfd.as_fd(), signal, PIDFD_SIGNAL_PROCESS_GROUP) {
+            // An older kernel knows no groups by descriptor, but the number is not reused before we have reaped it.
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => signal_group(self.pid, signal),
+            other => other,
+        }
+        .or_else(|error| match error.raw_os_error() {
+            // It is so young that it leads no group yet, or so old that nobody is left in it.
+            Some(libc::ESRCH) => send(self.pidfd.as_fd(), signal, 0),
+            _ => Err(error),
+        })
+        .or_else(|error| if error.raw_os_error() == Some(libc::ESRCH) { Ok(()) } else { Err(error) })
+    }
+
+    /// Takes in how the process ended, if it has ended. Repeating it after that tells nothing.
+    ///
+    /// # Errors
+    /// When the system cannot tell; then nobody ever can.
+    pub(crate) fn reap(&mut self) -> io::Result<Option<Exit>> {
+        if self.reaped {
+            return Ok(None);
+        }
+        let status =
+            waitid(WaitId::PidFd(self.pidfd.as_fd()), WaitIdOptions::EXITED | WaitIdOptions::NOHANG)?;
+        let Some(status) = status else { return Ok(None) };
+        self.reaped = true;
+        let signal = status.terminating_signal().map(Exit::Signal);
+        Ok(Some(signal.unwrap_or_else(|| Exit::Code(status.exit_status().unwrap_or(-1)))))
+    }
+
+    /// After its end: why its program could not be started, if it could not.
+    pub(crate) fn failure(&self) -> Option<StartFailure> {
+        let mut bytes = [0_u8; 8];
+        // Complete or nothing: it is written at once, and whoever wrote it is gone.
+        let length = rustix::io::read(&self.report, &mut bytes).ok()?;
+        let [a, b, c, d, e, f, g, h] = bytes;
+        let step = Step::ALL.into_iter().find(|step| step.number() == i32::from_ne_bytes([a, b, c, d]))?;
+        (length == bytes.len()).then_some(StartFailure { step, errno: i32::from_ne_bytes([e, f, g, h]) })
+    }
+}
+
+/// What a process was about to do when it could not go on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum Step {
+    /// Putting its descriptors in place.
+    Descriptors,
+    /// Entering the control groups that limit it.
+    Limits,
+    /// Becoming another user.
+    User,
+    /// Entering its working directory.
+    Directory,
+    /// Becoming its program.
+    Program,
+}
+
+impl Step {
+    const ALL: [Self; 5] = [Self::Descriptors, Self::Limits, Self::User, Self::Directory, Self::Program];
+
+    const fn number(self) -> i32 {
+        self as i32 + 1
+    }
+}
+
+/// Why a process could not begin its program.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct StartFailure {
+    /// What it was about to do.
+    pub(crate) step: Step,
+    /// The system's answer.
+    pub(crate) errno: i32,
+}
+
+impl StartFailure {
+    /// For the record of a task: one sentence that names the attempt, the cause and what to do.
+    pub(crate) fn refusal(self, launch: &Launch) -> Refusal {
+        let program = launch.shown_program();
+        let cause = io::Error::from_raw_os_error(self.errno);
+        let user = launch.user.as_ref().map_or("root", |user| &user.name);
+        let directory = launch.working_directory.display();
+        let (reason, detail) = match self.step {
+            Step::Descriptors => {
+                (Reason::HostExhausted, format!("the outputs of `{program}` cannot be put in place: {cause}"))
+            }
+            Step::Limits => {
+                (Reason::LimitsUnavailable, format!("the limits of `{program}` cannot be set: {cause}"))
+            }
+            Step::User => (
+                Reason::UserRefused,
+                format!("cannot become user `{user}`: {cause}; the agent must run as root for that"),
+            ),
+            Step::Directory => (
+                Reason::StartFailed,
+                format!("the working directory `{directory}` cannot be entered: {cause}"),
+            ),
+            Step::Program => (Reason::StartFailed, self.program_sentence(launch, &program, &cause)),
+        };
+        Refusal { reason, detail }
+    }
+
+    fn program_sentence(self, launch: &Launch, program: &str, cause: &io::Error) -> String {
+        let is_path = program.contains('/');
+        let found = launch.working_directory.join(&launch.argv[0]);
+        match self.errno {
+            libc::ENOENT | libc::ENOTDIR if !is_path => {
+                let path = printable(launch.search_path().as_bytes(), 512);
+                format!("`{program}` is not on this host's PATH ({path}): install it or give its whole path")
+            }
+            libc::ENOENT if found.exists() => {
+                format!("`{program}` exists but the interpreter or loader that it names does not")
+            }
+            libc::ENOENT | libc::ENOTDIR => {
+                format!(
+                    "`{program}` does not exist (looked up from `{}`)",
+                    launch.working_directory.display()
+                )
+            }
+            libc::EACCES => {
+                let user =
+                    launch.user.as_ref().map(|user| format!(" by user `{}`", user.name)).unwrap_or_default();
+                format!(
+                    "`{program}` may not be executed{user}: give it and its directories execute permission"
+                )
+            }
+            libc::ENOEXEC => {
+                format!("`{program}` is no program: a script needs a first line such as `#!/bin/sh`")
+            }
+            libc::E2BIG => format!("`{program}` cannot be started: arguments and environment are too long"),
+            _ => format!("`{program}` cannot be started: {cause}"),
+        }
+    }
+}
+
+/// Everything the child needs, made before it exists: between fork and exec it may neither allocate nor lock.
+struct Image {
+    candidates: Vec<CString>,
+    _argv: Vec<CString>,
+    argv_pointers: Vec<*const c_char>,
+    _environment: Vec<CString>,
+    environment_pointers: Vec<*const c_char>,
+    directory: CString,
+    ids: Option<(u32, u32)>,
+    groups: Vec<u32>,
+    moved: Option<(RawFd, RawFd)>,
+    null: RawFd,
+    stdout: RawFd,
+    stderr: RawFd,
+    joins: Vec<RawFd>,
+    report: RawFd,
+    gate: Option<RawFd>,
+    ignored: &'static [c_int],
+}
+
+impl Image {
+    fn new(
+        launch: &Launch,
+        channels: Channels<'_>,
+        joins: Vec<RawFd>,
+        report: &OwnedFd,
+        gate: Option<&OwnedFd>,
+    ) -> Result<Self, SpawnError> {
+        let text = |what, bytes: &[u8]| CString::new(bytes).map_err(|_| SpawnError::Nul { what });
+        let candidates: Result<Vec<_>, _> =
+            launch.candidates().iter().map(|path| text("program", path.as_os_str().as_bytes())).collect();
+        let argv: Result<Vec<_>, _> =
+            launch.argv.iter().map(|word| text("argument list", word.as_bytes())).collect();
+        let environment: Result<Vec<_>, _> = launch
+            .environment
+            .iter()
+            .map(|(name, value)| {
+                text("environment", [name.as_bytes(), b"=", value.as_bytes()].concat().as_slice())
+            })
+            .collect();
+        let (argv, environment) = (argv?, environment?);
+        let pointers = |texts: &[CString]| {
+            texts.iter().map(|text| text.as_ptr()).chain([ptr::null()]).collect::<Vec<*const c_char>>()
+        };
+        Ok(Self {
+            candidates: candidates?,
+            argv_pointers: pointers(&argv),
+            _argv: argv,
+            environment_pointers: pointers(&environment),
+            _environment: environment,
+            directory: text("working directory", launch.working_directory.as_os_str().as_bytes())?,
+            ids: launch.user.as_ref().map(|user| (user.uid, user.gid)),
+            groups: launch.user.as_ref().map(|user| user.groups.clone()).unwrap_or_default(),
+            moved: launch.moved,
+            null: channels.null.as_raw_fd(),
+            stdout: channels.stdout.as_raw_fd(),
+            stderr: channels.stderr.as_raw_fd(),
+            joins,
+            report: report.as_raw_fd(),
+            gate: gate.map(std::os::fd::AsRawFd::as_raw_fd),
+            ignored: ignored_signals(),
+        })
+    }
+}
+
+/// Makes a process that becomes the program, or waits before it.
+///
+/// That it could not become the program is told by [`Process::failure`] after its end.
+///
+/// # Errors
+/// When no process could be made.
+pub(crate) fn spawn(
+    launch: &Launch,
+    channels: Channels<'_>,
+    placement: Placement<'_>,
+) -> Result<Process, SpawnError> {
+    let pipe = || pipe_with(PipeFlags::CLOEXEC).map_err(|error| SpawnError::Pipe(error.into()));
+    let (report, report_end) = pipe()?;
+    let gate = launch.held.then(pipe).transpose()?;
+    let joins = placement.joins.iter().map(std::os::fd::AsRawFd::as_raw_fd).collect();
+    let image = Image::new(launch, channels, joins, &report_end, gate.as_ref().map(|(end, _)| end))?;
+    let (pid, pidfd) = make(&image, placement.cgroup).map_err(SpawnError::Clone)?;
+    Ok(Process { pid, pidfd, report, gate: gate.map(|(_, gate)| gate), reaped: false })
+}
+
+const PIDFD_SIGNAL_PROCESS_GROUP: u32 = 1 << 2;
+const CLONE_PIDFD: u64 = 0x1000;
+const CLONE_CLEAR_SIGHAND: u64 = 1 << 32;
+const CLONE_INTO_CGROUP: u64 = 1 << 33;
+
+#[repr(C)]
+#[derive(Default)]
+struct CloneArguments {
+    flags: u64,
+    pidfd: u64,
+    child_tid: u64,
+    parent_tid: u64,
+    exit_signal: u64,
+    stack: u64,
+    stack_size: u64,
+    tls: u64,
+    set_tid: u64,
+    set_tid_size: u64,
+    cgroup: u64,
+}
+
+/// Forks; the child does not return from here.
+#[expect(unsafe_code, reason = "no safe interface makes a process inside a control group")]
+fn make(image: &Image, cgroup: Option<BorrowedFd<'_>>) -> io::Result<(u32, OwnedFd)> {
+    let mut pidfd: c_int = -1;
+    let mut arguments = CloneArguments {
+        flags: CLONE_PIDFD | CLONE_CLEAR_SIGHAND,
+        pidfd: ptr::from_mut(&mut pidfd) as u64,
+        exit_signal: u64::from(libc::SIGCHLD.unsigned_abs()),
+        ..CloneArguments::default()
+    };
+    if let Some(cgroup) = cgroup {
+        arguments.flags |= CLONE_INTO_CGROUP;
+        arguments.cgroup = u64::from(cgroup.as_raw_fd().unsigned_abs());
+    }
+    // SAFETY: both sets are valid for the calls. While all signals are blocked no handler of this process can run in the
+    // child, where it would act on descriptors that are shared with us.
+    let mut before = unsafe { std::mem::zeroed::<libc::sigset_t>() };
+    unsafe {
+        let mut all = std::mem::zeroed::<libc::sigset_t>();
+        libc::sigfillset(&raw mut all);
+        libc::pthread_sigmask(libc::SIG_SETMASK, &raw const all, &raw mut before);
+    }
+    // SAFETY: the arguments are valid and as long as said. Without a shared address space this is a fork: the child goes
+    // on with a copy of this stack and calls `run_child` alone, which keeps to what is safe there and never returns.
+    let made = unsafe {
+        let made = libc::syscall(libc::SYS_clone3, &raw mut arguments, size_of::<CloneArguments>());
+        if made == 0 {
+            run_child(image)
+        }
+        if made < 0 && *libc::__errno_location() == libc::ENOSYS && cgroup.is_none() {
+            make_the_old_way(image, &mut pidfd)
+        } else {
+            made
+        }
+    };
+    let error = io::Error::last_os_error();
+    // SAFETY: `before` was filled in above.
+    unsafe {
+        libc::pthread_sigmask(libc::SIG_SETMASK, &raw const before, ptr::null_mut());
+    }
+    let Ok(pid @ 1..) = u32::try_from(made) else { return Err(error) };
+    // SAFETY: the kernel has just made this descriptor for us.
+    Ok((pid, unsafe { OwnedFd::from_raw_fd(pidfd) }))
+}
+
+/// For sandboxes that refuse `clone3`.
+#[expect(unsafe_code, reason = "see `make`")]
+unsafe fn make_the_old_way(image: &Image, pidfd: &mut c_int) -> libc::c_long {
+    let flags = CLONE_PIDFD | u64::from(libc::SIGCHLD.unsigned_abs());
+    // SAFETY: as in `make`; with these flags the third argument is where the descriptor goes.
+    unsafe {
+        let made = libc::syscall(libc::SYS_clone, flags, 0_u64, ptr::from_mut(pidfd), 0_u64, 0_u64);
+        if made == 0 {
+            run_child(image)
+        }
+        made
+    }
+}
+
+/// The child between fork and exec: system calls only.
+#[expect(unsafe_code, reason = "a child of a process with threads may only make system calls")]
+unsafe fn run_child(image: &Image) -> ! {
+    // SAFETY: every pointer is into `image`, which lives on the copied stack and heap; every call is safe after fork.
+    unsafe {
+        let report = raise(image.report);
+        let failed = fail_with(report);
+        for &signal in image.ignored {
+            libc::signal(signal, libc::SIG_DFL);
+        }
+        libc::setsid();
+        for &join in &image.joins {
+            if libc::write(join, c"0".as_ptr().cast(), 1) != 1 {
+                failed(Step::Limits);
+            }
+        }
+        let gate = image.gate.map_or(-1, |gate| raise(gate));
+        if !place_descriptors(image) {
+            failed(Step::Descriptors);
+        }
+        close_all_but(image, report, gate);
+        if gate >= 0 {
+            let mut go = 0_u8;
+            // Whoever held the other end is gone: nobody will ever let this process go.
+            if libc::read(gate, (&raw mut go).cast(), 1) != 1 {
+                libc::_exit(0);
+            }
+            libc::close(gate);
+        }
+        if let Some((uid, gid)) = image.ids
+            && !become_user(uid, gid, &image.groups)
+        {
+            failed(Step::User);
+        }
+        if libc::chdir(image.directory.as_ptr()) != 0 {
+            failed(Step::Directory);
+        }
+        // If we die first, this process must not go on: nobody would know what came of it.
+        libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+        let mut none = std::mem::zeroed::<libc::sigset_t>();
+        libc::sigemptyset(&raw mut none);
+        libc::sigprocmask(libc::SIG_SETMASK, &raw const none, ptr::null_mut());
+        execute(image);
+        failed(Step::Program);
+        libc::_exit(127)
+    }
+}
+
+/// Tries every file that the program may be; returns with the error that tells most in `errno`.
+#[expect(unsafe_code, reason = "see `run_child`")]
+unsafe fn execute(image: &Image) {
+    // SAFETY: the lists end with a null pointer and their texts live as long as `image`.
+    unsafe {
+        let mut answer = libc::ENOENT;
+        for candidate in &image.candidates {
+            let mut tries = 0;
+            loop {
+                libc::execve(
+                    candidate.as_ptr(),
+                    image.argv_pointers.as_ptr(),
+                    image.environment_pointers.as_ptr(),
+                );
+                tries += 1;
+                if *libc::__errno_location() != libc::ETXTBSY || tries > BUSY_TRIES_MAX {
+                    break;
+                }
+                let pause = libc::timespec { tv_sec: 0, tv_nsec: BUSY_PAUSE_NS };
+                libc::nanosleep(&raw const pause, ptr::null_mut());
+            }
+            match *libc::__errno_location() {
+                libc::ENOENT | libc::ENOTDIR => {}
+                libc::EACCES => answer = libc::EACCES,
+                other => {
+                    answer = other;
+                    break;
+                }
+            }
+        }
+        *libc::__errno_location() = answer;
+    }
+}
+
+/// Puts input and outputs in place.
+#[expect(unsafe_code, reason = "see `run_child`")]
+unsafe fn place_descriptors(image: &Image) -> bool {
+    // SAFETY: only numbers are passed.
+    unsafe {
+        let (null, stdout, stderr) = (raise(image.null), raise(image.stdout), raise(image.stderr));
+        let place = |from: RawFd, to: RawFd| libc::dup2(from, to) == to;
+        match image.moved {
+            None => place(null, 0) && place(stdout, 1) && place(stderr, 2),
+            Some((to_stdout, to_stderr)) => {
+                place(null, 0)
+                    && place(null, 1)
+                    && place(null, 2)
+                    && place(stdout, to_stdout)
+                    && place(stderr, to_stderr)
+            }
+        }
+    }
+}
+
+/// The same descriptor with a number that the block is never given; closed when the program begins.
+#[expect(unsafe_code, reason = "see `run_child`")]
+unsafe fn raise(descriptor: RawFd) -> RawFd {
+    if descriptor >= OWN_DESCRIPTOR_MIN {
+        return descriptor;
+    }
+    // SAFETY: only numbers are passed.
+    unsafe { libc::fcntl(descriptor, libc::F_DUPFD_CLOEXEC, OWN_DESCRIPTOR_MIN) }
+}
+
+/// Closes what is not this child's: a held process must not keep alive what others wait to see closed.
+#[expect(unsafe_code, reason = "see `run_child`")]
+unsafe fn close_all_but(image: &Image, report: RawFd, gate: RawFd) {
+    let (moved_a, moved_b) = image.moved.unwrap_or((-1, -1));
+    let mut kept = [2, moved_a, moved_b, report, gate];
+    kept.sort_unstable();
+    let mut from = 0;
+    for number in kept.into_iter().filter(|&number| number >= 2) {
+        // Descriptors 0, 1 and 2 are in place already.
+        let first = if from == 0 { 3 } else { from };
+        if number > first {
+            // SAFETY: only numbers are passed; none of them is used any more.
+            unsafe { libc::syscall(libc::SYS_close_range, first, number - 1, 0) };
+        }
+        from = number + 1;
+    }
+    // SAFETY: as above.
+    unsafe { libc::syscall(libc::SYS_close_range, from.max(3), u32::MAX, 0) };
+}
+
+/// Raw calls: those of the C library would ask all threads of a process that has none here to follow.
+#[expect(unsafe_code, reason = "see `run_child`")]
+unsafe fn become_user(uid: u32, gid: u32, groups: &[u32]) -> bool {
+    // SAFETY: the list is as long as said.
+    unsafe {
+        libc::syscall(libc::SYS_setgroups, groups.len(), groups.as_ptr()) == 0
+            && libc::syscall(libc::SYS_setresgid, gid, gid, gid) == 0
+            && libc::syscall(libc::SYS_setresuid, uid, uid, uid) == 0
+    }
+}
+
+/// A way to tell what failed, with the system's answer, and to end.
+#[expect(unsafe_code, reason = "see `run_child`")]
+fn fail_with(report: RawFd) -> impl Fn(Step) {
+    move |step| {
+        // SAFETY: the bytes live until the call is over.
+        unsafe {
+            let mut bytes = [0_u8; 8];
+            let (a, b) = bytes.split_at_mut(4);
+            a.copy_from_slice(&step.number().to_ne_bytes());
+            b.copy_from_slice(&(*libc::__errno_location()).to_ne_bytes());
+            libc::write(report, bytes.as_ptr().cast(), bytes.len());
+            libc::_exit(127);
+        }
+    }
+}
+
+/// Signals that this process ignores: a program would go on ignoring them. Rust itself ignores SIGPIPE.
+#[expect(unsafe_code, reason = "no safe interface tells what a signal does")]
+fn ignored_signals() -> &'static [c_int] {
+    static IGNORED: OnceLock<Vec<c_int>> = OnceLock::new();
+    IGNORED.get_or_init(|| {
+        let is_ignored = |&signal: &c_int| {
+            // SAFETY: with no new action the call only fills in the old one, which is valid for it.
+            unsafe {
+                let mut action = std::mem::zeroed::<libc::sigaction>();
+                libc::sigaction(signal, ptr::null(), &raw mut action) == 0
+                    && action.sa_sigaction == libc::SIG_IGN
+            }
+        };
+        (1..=64).filter(is_ignored).collect()
+    })
+}
+
+#[expect(unsafe_code, reason = "rustix has no flags for this call, which a process group needs")]
+fn send(pidfd: BorrowedFd<'_>, signal: c_int, flags: u32) -> io::Result<()> {
+    // SAFETY: the descriptor is borrowed for the call; there is no information block.
+    let sent = unsafe {
+        libc::syscall(
+            libc::SYS_pidfd_send_signal,
+            pidfd.as_raw_fd(),
+            signal,
+            ptr::null::<libc::siginfo_t>(),
+            flags,
+        )
+    };
+    if sent == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Only for a group whose leader was not reaped: its number cannot mean anybody else.
+#[expect(unsafe_code, reason = "the signal may be any number, which rustix does not take")]
+fn signal_group(leader: u32, signal: c_int) -> io::Result<()> {
+    let Ok(leader @ 2..) = i32::try_from(leader) else { return Ok(()) };
+    // SAFETY: only numbers are passed.
+    if unsafe { libc::kill(-leader, signal) } == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        fs,
+        io::{PipeReader, Read as _},
+        os::unix::fs::PermissionsExt as _,
+    };
+
+    use super::*;
+    use crate::supervisor::account;
+
+    struct Ran {
+        exit: Exit,
+        stdout: String,
+        failure: Option<StartFailure>,
+    }
+
+    fn launch(argv: &[&str]) -> Launch {
+        Launch {
+            argv: argv.iter().map(|&word| word.to_owned()).collect(),
+            environment: vec![("PATH".to_owned(), "/nowhere:/usr/bin:/bin".to_owned())],
+            working_directory: "/".into(),
+            user: None,
+            moved: None,
+            held: false,
+        }
+    }
+
+    fn start(launch: &Launch) -> (Process, PipeReader) {
+        let null = fs::OpenOptions::new().read(true).write(true).open("/dev/null").unwrap();
+        let (reader, writer) = io::pipe().unwrap();
+        let channels = Channels { null: null.as_fd(), stdout: writer.as_fd(), stderr: writer.as_fd() };
+        (spawn(launch, channels, Placement::default()).unwrap(), reader)
+    }
+
+    fn wait(process: &mut Process) -> Exit {
+        let mut polled = [rustix::event::PollFd::new(process, rustix::event::PollFlags::IN)];
+        rustix::event::poll(&mut polled, None).unwrap();
+        process.reap().unwrap().unwrap()
+    }
+
+    fn run(launch: &Launch) -> Ran {
+        let (mut process, mut reader) = start(launch);
+        let mut stdout = String::new();
+        reader.read_to_string(&mut stdout).unwrap();
+        let exit = wait(&mut process);
+        assert_eq!(process.reap().unwrap(), None, "reaped once");
+        process.signal(libc::SIGKILL).unwrap();
+        Ran { exit, stdout, failure: process.failure() }
+    }
+
+    fn refusal(launch: &Launch) -> String {
+        let ran = run(launch);
+        assert_eq!(ran.exit, Exit::Code(127));
+        ran.failure.unwrap().refusal(launch).detail
+    }
+
+    #[test]
+    fn a_program_is_found_and_gets_its_arguments_environment_and_directory() {
+        let mut launch = launch(&["sh", "-c", "echo $1 $GREETING $(pwd)", "x", "a b"]);
+        launch.environment.push(("GREETING".to_owned(), "hello".to_owned()));
+        launch.working_directory = "/usr".into();
+        let ran = run(&launch);
+        assert_eq!((ran.exit, &*ran.stdout, ran.failure), (Exit::Code(0), "a b hello /usr\n", None));
+    }
+
+    #[test]
+    fn a_program_starts_with_clean_signals_descriptors_and_a_group_of_its_own() {
+        let script = "grep -E '^(SigBlk|SigIgn)' /proc/self/status; ls /proc/$$/fd; \
+                      test $(ps -o pgid= -p $$) = $$ && test $(ps -o sid= -p $$) = $$ && echo leader";
+        let ran = run(&launch(&["bash", "-c", script]));
+        let mask = |name: &str| {
+            let line = ran.stdout.lines().find(|line| line.starts_with(name)).unwrap();
+            u64::from_str_radix(line.split_whitespace().last().unwrap(), 16).unwrap()
+        };
+        // The C library keeps 32 and 33 for itself and lets nobody change them.
+        assert_eq!((mask("SigBlk"), mask("SigIgn") & !(0b11 << 31)), (0, 0), "{}", ran.stdout);
+        // Bash itself may keep 255.
+        let descriptors: Vec<_> =
+            ran.stdout.lines().filter_map(|line| line.parse::<u32>().ok()).filter(|&n| n < 255).collect();
+        assert_eq!(descriptors, [0, 1, 2], "{}", ran.stdout);
+        assert!(ran.stdout.ends_with("leader\n"), "{}", ran.stdout);
+    }
+
+    #[test]
+    fn outputs_can_be_moved_out_of_the_way() {
+        let mut launch = launch(&["sh", "-c", "echo lost; echo also lost >&2; echo kept >&7; echo too >&3"]);
+        launch.moved = Some((3, 7));
+        assert_eq!(run(&launch).stdout, "kept\ntoo\n");
+    }
+
+    #[test]
+    fn codes_and_signals_are_told_apart() {
+        assert_eq!(run(&launch(&["sh", "-c", "exit 3"])).exit, Exit::Code(3));
+        assert_eq!(run(&launch(&["sh", "-c", "kill -USR1 $$"])).exit, Exit::Signal(libc::SIGUSR1));
+    }
+
+    #[test]
+    fn a_held_process_begins_when_it_is_let_go_and_not_before() {
+        let directory = tempfile::tempdir().unwrap();
+        let mark = directory.path().join("mark");
+        let mut launch = launch(&["touch", mark.to_str().unwrap()]);
+        launch.held = true;
+        let (mut process, _reader) = start(&launch);
+        assert!(process.reap().unwrap().is_none() && !mark.exists());
+        process.let_go();
+        process.let_go();
+        assert_eq!(wait(&mut process), Exit::Code(0));
+        assert!(mark.exists());
+        // One whose maker is gone ends without having begun.
+        fs::remove_file(&mark).unwrap();
+        let (mut process, _reader) = start(&launch);
+        process.gate = None;
+        assert_eq!(wait(&mut process), Exit::Code(0));
+        assert!(!mark.exists());
+    }
+
+    #[test]
+    fn a_held_process_keeps_nothing_of_ours_open() {
+        let (mut ours, ours_end) = io::pipe().unwrap();
+        let mut held = launch(&["true"]);
+        held.held = true;
+        let (mut process, _reader) = start(&held);
+        drop(ours_end);
+        // Forked but not yet past closing: it does so without being let go, so that this read ends.
+        assert_eq!(ours.read(&mut [0]).unwrap(), 0);
+        process.signal(libc::SIGKILL).unwrap();
+        assert_eq!(wait(&mut process), Exit::Signal(libc::SIGKILL));
+    }
+
+    #[test]
+    fn a_signal_reaches_the_whole_group() {
+        let (mut process, mut reader) = start(&launch(&["sh", "-c", "sleep 1000 & echo up; wait"]));
+        let mut up = [0; 3];
+        reader.read_exact(&mut up).unwrap();
+        process.signal(libc::SIGTERM).unwrap();
+        assert_eq!(wait(&mut process), Exit::Signal(libc::SIGTERM));
+        // Its end is seen when both have let the pipe go.
+        assert_eq!(reader.read_to_end(&mut Vec::new()).unwrap(), 0);
+    }
+
+    #[test]
+    fn why_a_program_cannot_start_is_one_clear_sentence() {
+        let directory = tempfile::tempdir().unwrap();
+        let file = |name: &str, text: &str, mode: u32| {
+            let path = directory.path().join(name);
+            fs::write(&path, text).unwrap();
+            fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
+            path.to_str().unwrap().to_owned()
+        };
+        assert_eq!(
+            refusal(&launch(&["no-such-program"])),
+            "`no-such-program` is not on this host's PATH (/nowhere:/usr/bin:/bin): install it or give its whole path"
+        );
+        assert_eq!(
+            refusal(&launch(&["./no-such-file"])),
+            "`./no-such-file` does not exist (looked up from `/`)"
+        );
+        let plain = file("plain", "#!/bin/sh\n", 0o644);
+        assert_eq!(
+            refusal(&launch(&[&plain])),
+            format!("`{plain}` may not be executed: give it and its directories execute permission")
+        );
+        let orphan = file("orphan", "#!/no/such/interpreter\n", 0o755);
+        assert_eq!(
+            refusal(&launch(&[&orphan])),
+            format!("`{orphan}` exists but the interpreter or loader that it names does not")
+        );
+        let text = file("text", "echo hello\n", 0o755);
+        assert_eq!(
+            refusal(&launch(&[&text])),
+            format!("`{text}` is no program: a script needs a first line such as `#!/bin/sh`")
+        );
+        let mut homeless = launch(&["true"]);
+        homeless.working_directory = "/no/such/directory".into();
+        assert_eq!(
+            refusal(&homeless),
+            "the working directory `/no/such/directory` cannot be entered: No such file or directory (os error 2)"
+        );
+    }
+
+    #[test]
+    fn another_user_is_become_by_root_and_refused_to_others() {
+        let mut launch = launch(&["sh", "-c", "id -u; id -g; id -G"]);
+        let nobody = account::find("nobody").unwrap();
+        launch.user = Some(nobody.clone());
+        if rustix::process::geteuid().is_root() {
+            let groups: Vec<_> = nobody.groups.iter().map(u32::to_string).collect();
+            let expected = format!("{}\n{}\n{}\n", nobody.uid, nobody.gid, groups.join(" "));
+            assert_eq!(run(&launch).stdout, expected);
+        } else {
+            assert_eq!(
+                refusal(&launch),
+                "cannot become user `nobody`: Operation not permitted (os error 1); \
+                 the agent must run as root for that"
+            );
+        }
+    }
+
+    #[test]
+    fn a_program_that_is_being_written_is_tried_again() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("busy");
+        fs::copy("/bin/true", &path).unwrap();
+        let writer = fs::OpenOptions::new().append(true).open(&path).unwrap();
+        let (mut process, _reader) = start(&launch(&[path.to_str().unwrap()]));
+        // It has met the busy file once at least: its own command line is still ours.
+        drop(writer);
+        assert_eq!(wait(&mut process), Exit::Code(0));
+        assert_eq!(process.failure(), None);
+    }
+
+    #[test]
+    fn a_nul_is_refused_before_a_process_is_made() {
+        let null = fs::File::open("/dev/null").unwrap();
+        let channels = Channels { null: null.as_fd(), stdout: null.as_fd(), stderr: null.as_fd() };
+        let launch = launch(&["true", "a\0b"]);
+        let error = spawn(&launch, channels, Placement::default()).unwrap_err();
+        assert_eq!(error.refusal(&launch).detail, "failed to start `true`: the argument list holds a NUL");
+    }
+}
