@@ -311,8 +311,8 @@ pub fn is_entry_variable(name: &OsStr) -> bool {
 
 #[expect(unsafe_code, reason = "the environment may be changed while there is one thread")]
 fn remove_variable(name: &OsStr) {
-    // SAFETY: `dispatch` is called first in `main`, or by a test harness that was told to use one thread: nobody else
-    // reads the environment now.
+    // SAFETY: `dispatch` is called first in `main`, or by a test harness that runs this alone and only waits for it:
+    // nobody else reads the environment now.
     unsafe { env::remove_var(name) }
 }
 

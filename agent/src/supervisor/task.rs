@@ -29,7 +29,7 @@ pub(crate) const KILL: i32 = 9;
 const COMMAND_SHOWN_BYTES: usize = 120;
 
 /// Why something could not be begun.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub(crate) struct Refusal {
     /// The fixed word.
     pub(crate) reason: Reason,
