@@ -20,7 +20,9 @@ use rustix::{
     fs::{Mode, OFlags},
     process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal},
 };
-use tokio::io::{Interest, unix::AsyncFd};
+use tokio::io::Interest;
+
+use super::process::watch;
 
 /// Processes that are named in a record; all are counted.
 pub(crate) const LEAKED_NAMED_MAX: usize = 64;
@@ -305,7 +307,7 @@ impl Group {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(true),
             other => other.map_err(failed("open", &path))?,
         };
-        let events = AsyncFd::with_interest(file, Interest::PRIORITY).map_err(failed("watch", &path))?;
+        let events = watch(file, Interest::PRIORITY).map_err(failed("watch", &path))?;
         let watching = async {
             loop {
                 // Reading arms the next notification, so that none is lost between the two.

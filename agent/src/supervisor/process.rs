@@ -8,7 +8,7 @@ use std::{
     ffi::{CString, c_char, c_int},
     io,
     os::{
-        fd::{AsFd, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd, RawFd},
+        fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd as _, OwnedFd, RawFd},
         unix::ffi::OsStrExt as _,
     },
     path::{Path, PathBuf},
@@ -22,6 +22,7 @@ use rustix::{
     process::{WaitId, WaitIdOptions, waitid},
 };
 use serde::{Deserialize, Serialize};
+use tokio::io::{Interest, unix::AsyncFd};
 
 use super::{account::Account, task::Refusal};
 
@@ -142,6 +143,12 @@ impl AsFd for Process {
     /// Readable when the process has ended.
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.pidfd.as_fd()
+    }
+}
+
+impl AsRawFd for Process {
+    fn as_raw_fd(&self) -> RawFd {
+        self.pidfd.as_raw_fd()
     }
 }
 
@@ -358,7 +365,7 @@ impl Image {
             stderr: channels.stderr.as_raw_fd(),
             joins,
             report: report.as_raw_fd(),
-            gate: gate.map(std::os::fd::AsRawFd::as_raw_fd),
+            gate: gate.map(AsRawFd::as_raw_fd),
             ignored: ignored_signals(),
         })
     }
@@ -378,10 +385,20 @@ pub(crate) fn spawn(
     let pipe = || pipe_with(PipeFlags::CLOEXEC).map_err(|error| SpawnError::Pipe(error.into()));
     let (report, report_end) = pipe()?;
     let gate = launch.held.then(pipe).transpose()?;
-    let joins = placement.joins.iter().map(std::os::fd::AsRawFd::as_raw_fd).collect();
+    let joins = placement.joins.iter().map(AsRawFd::as_raw_fd).collect();
     let image = Image::new(launch, channels, joins, &report_end, gate.as_ref().map(|(end, _)| end))?;
     let (pid, pidfd) = make(&image, placement.cgroup).map_err(SpawnError::Clone)?;
     Ok(Process { pid, pidfd, report, gate: gate.map(|(_, gate)| gate), reaped: false })
+}
+
+/// Has the runtime tell when a descriptor is ready.
+///
+/// # Errors
+/// When the system has no room for it.
+#[expect(unsafe_code, reason = "the runtime asks for a promise that the types here keep")]
+pub(crate) fn watch<T: AsFd + AsRawFd>(inner: T, interest: Interest) -> io::Result<AsyncFd<T>> {
+    // SAFETY: every type that is watched owns one descriptor, tells that one always, and closes it when it is dropped.
+    unsafe { AsyncFd::register_with_interest(inner, interest) }.map_err(|error| error.into_parts().1)
 }
 
 const PIDFD_SIGNAL_PROCESS_GROUP: u32 = 1 << 2;

@@ -7,7 +7,8 @@
 //! ```
 //!
 //! A task's turn comes when the task before it has ended, and never sooner: nothing of it that a user wrote runs before
-//! then. While one runs, the one behind it may have its files put in place. Time alone changes nothing here. It starts
+//! then. Tasks may overtake one another on their way here: one that names another before it waits for that one to arrive.
+//! While one runs, the one behind it may have its files put in place. Time alone changes nothing here. It starts
 //! nothing, and does not know what a task is.
 
 use std::{
@@ -26,6 +27,8 @@ pub(crate) enum Event {
         task: TaskId,
         /// Its number in the stream: lower numbers go first among those that wait.
         number: u32,
+        /// Number of the task that was handed over before it; zero for the first.
+        previous: u32,
     },
     /// A waiting task was taken back and needs no turn any more. One that does not wait changes nothing.
     Withdrawn {
@@ -63,19 +66,29 @@ pub(crate) enum Action {
 #[derive(Debug, Default)]
 pub(crate) struct Queue {
     /// By number, then by arrival: two tasks with one number keep the order in which they came.
-    waiting: BTreeMap<(u32, u64), TaskId>,
+    waiting: BTreeMap<(u32, u64), Waiting>,
     /// Those that were prepared ahead of their turn.
     prepared: BTreeSet<TaskId>,
     current: Option<TaskId>,
     arrivals: u64,
+    /// The highest number that has left the line: it and all before it have arrived.
+    passed: u32,
     closed: bool,
+}
+
+/// One place in the line.
+#[derive(Debug)]
+struct Waiting {
+    /// None when the task was withdrawn: those behind it still need to know that it has arrived.
+    task: Option<TaskId>,
+    previous: u32,
 }
 
 impl Queue {
     /// Takes in one event. Never blocks and never reads a clock.
     pub(crate) fn handle(&mut self, event: Event, _now: Instant, actions: &mut Vec<Action>) {
         match event {
-            Event::Added { task, number } => self.add(task, number),
+            Event::Added { task, number, previous } => self.add(task, number, previous),
             Event::Withdrawn { task } => self.withdraw(task),
             Event::Ended { task, drains } if self.current == Some(task) => {
                 self.current = None;
@@ -103,48 +116,62 @@ impl Queue {
         self.current
     }
 
-    /// How many wait before `task`, the current one included; none when it does not wait.
+    /// How many are before `task`, the current one included; none when it does not wait.
     pub(crate) fn ahead_of(&self, task: TaskId) -> Option<usize> {
-        let place = self.waiting.values().position(|&waiting| waiting == task)?;
+        let place = self.line().position(|waiting| waiting == task)?;
         Some(place + usize::from(self.current.is_some()))
     }
 
-    /// Whether no task of the stream is left.
-    pub(crate) fn is_empty(&self) -> bool {
-        self.waiting.is_empty() && self.current.is_none()
+    /// Number of the task that the first in line waits for because it has not arrived.
+    pub(crate) fn missing(&self) -> Option<u32> {
+        let (_, first) = self.waiting.first_key_value()?;
+        (first.previous > self.passed).then_some(first.previous)
     }
 
-    fn add(&mut self, task: TaskId, number: u32) {
-        let known = self.current == Some(task) || self.waiting.values().any(|&waiting| waiting == task);
+    fn line(&self) -> impl Iterator<Item = TaskId> {
+        self.waiting.values().filter_map(|waiting| waiting.task)
+    }
+
+    fn add(&mut self, task: TaskId, number: u32, previous: u32) {
+        let known = self.current == Some(task) || self.line().any(|waiting| waiting == task);
         if !known && !self.closed {
-            self.waiting.insert((number, self.arrivals), task);
+            self.waiting.insert((number, self.arrivals), Waiting { task: Some(task), previous });
             self.arrivals += 1;
         }
     }
 
     fn withdraw(&mut self, task: TaskId) {
-        self.waiting.retain(|_, waiting| *waiting != task);
+        for waiting in self.waiting.values_mut() {
+            if waiting.task == Some(task) {
+                waiting.task = None;
+            }
+        }
         self.prepared.remove(&task);
     }
 
     fn drain(&mut self, after: TaskId, actions: &mut Vec<Action>) {
         self.prepared.clear();
-        let drained = std::mem::take(&mut self.waiting);
-        actions.extend(drained.into_values().map(|task| Action::Drain { task, after }));
+        for ((number, _), waiting) in std::mem::take(&mut self.waiting) {
+            self.passed = self.passed.max(number);
+            actions.extend(waiting.task.map(|task| Action::Drain { task, after }));
+        }
     }
 
     fn advance(&mut self, actions: &mut Vec<Action>) {
         if self.closed {
             return;
         }
-        if self.current.is_none()
-            && let Some((_, task)) = self.waiting.pop_first()
-        {
-            self.prepared.remove(&task);
-            self.current = Some(task);
-            actions.push(Action::Begin(task));
+        while self.current.is_none() && self.missing().is_none() {
+            let Some(((number, _), first)) = self.waiting.pop_first() else { break };
+            self.passed = self.passed.max(number);
+            if let Some(task) = first.task {
+                self.prepared.remove(&task);
+                self.current = Some(task);
+                actions.push(Action::Begin(task));
+            }
         }
-        if let Some((_, &next)) = self.waiting.first_key_value()
+        let next = self.line().next();
+        if let Some(next) = next
             && self.prepared.insert(next)
         {
             actions.push(Action::Prepare(next));
@@ -153,12 +180,12 @@ impl Queue {
 
     #[cfg(test)]
     fn assert_invariants(&self) {
-        let waiting: BTreeSet<TaskId> = self.waiting.values().copied().collect();
-        assert_eq!(waiting.len(), self.waiting.len(), "a task waits once");
+        let waiting: BTreeSet<TaskId> = self.line().collect();
+        assert_eq!(waiting.len(), self.line().count(), "a task waits once");
         assert!(self.current.is_none_or(|current| !waiting.contains(&current)), "who runs does not wait");
         assert!(self.prepared.is_subset(&waiting), "only who waits is prepared ahead");
         let rests = self.current.is_none() && !self.waiting.is_empty();
-        assert!(!rests || self.closed, "nobody waits for nothing");
+        assert!(!rests || self.closed || self.missing().is_some(), "nobody waits for nothing");
     }
 }
 
@@ -180,7 +207,7 @@ mod tests {
     }
 
     fn add(letter: char, number: u32) -> Event {
-        Event::Added { task: task(letter), number }
+        Event::Added { task: task(letter), number, previous: 0 }
     }
 
     fn end(letter: char) -> Event {
@@ -273,6 +300,42 @@ mod tests {
     }
 
     #[test]
+    fn who_overtook_another_on_the_way_waits_for_it_to_arrive() {
+        let after = |letter, number, previous| Event::Added { task: task(letter), number, previous };
+        check(
+            &[
+                after('c', 5, 3),
+                after('b', 3, 1),
+                after('a', 1, 0),
+                end('a'),
+                end('b'),
+                after('d', 9, 5),
+                end('c'),
+            ],
+            &expect![[r"
+                prepare c
+                prepare b
+                begin a
+                begin b
+                begin c
+                prepare d
+                begin d
+            "]],
+        );
+        // One that was withdrawn has arrived all the same.
+        let withdrawn = Event::Withdrawn { task: task('b') };
+        check(
+            &[after('c', 3, 2), after('b', 2, 1), withdrawn, after('a', 1, 0), end('a')],
+            &expect![[r"
+                prepare c
+                prepare b
+                begin a
+                begin c
+            "]],
+        );
+    }
+
+    #[test]
     fn nobody_begins_in_a_closed_session() {
         check(
             &[add('a', 1), add('b', 2), Event::Closed, end('a'), add('c', 3)],
@@ -286,7 +349,7 @@ mod tests {
     fn any_event() -> impl Strategy<Value = Event> {
         let any_task = || prop::sample::select(vec!['a', 'b', 'c', 'd', 'e', 'f']).prop_map(task);
         prop_oneof![
-            4 => (any_task(), 1_u32..5).prop_map(|(task, number)| Event::Added { task, number }),
+            4 => (any_task(), 1_u32..5, 0_u32..5).prop_map(|(task, number, previous)| Event::Added { task, number, previous: previous.min(number - 1) }),
             1 => any_task().prop_map(|task| Event::Withdrawn { task }),
             4 => (any_task(), prop::bool::weighted(0.2)).prop_map(|(task, drains)| Event::Ended { task, drains }),
             1 => prop::bool::weighted(0.05)

@@ -13,7 +13,7 @@ use std::{
         unix::{net::UnixStream, process::CommandExt as _},
     },
     path::PathBuf,
-    process::{Child, ExitCode, Stdio},
+    process::{Command, ExitCode, Stdio},
     sync::atomic::{AtomicI32, Ordering},
     time::Duration,
 };
@@ -123,32 +123,27 @@ pub(crate) fn decode<M: DeserializeOwned>(buffer: &mut Vec<u8>) -> io::Result<Op
     Ok(Some(message))
 }
 
-/// Starts a shim whose tree writes to these pipes; its orders and answers go through the socket.
+/// How to start a shim whose tree writes to these pipes; its orders and answers go through the socket.
 ///
 /// # Errors
-/// When it cannot be started.
+/// When the descriptors cannot be made.
 #[expect(unsafe_code, reason = "descriptors can be handed over only between fork and exec")]
-pub(crate) fn start(
+pub(crate) fn command(
     relaunch: &Relaunch,
     stdout: BorrowedFd<'_>,
     stderr: BorrowedFd<'_>,
-) -> io::Result<(Child, UnixStream)> {
+) -> io::Result<(Command, UnixStream)> {
     let (ours, theirs) = UnixStream::pair()?;
     // Out of the way of every number that is given a meaning between fork and exec.
     let raise = |descriptor: BorrowedFd<'_>| rustix::io::fcntl_dupfd_cloexec(descriptor, STDERR + 1);
     let sources = [raise(theirs.as_fd())?, raise(stdout)?, raise(stderr)?];
     drop(theirs);
-    let places = [
-        (sources[0].as_raw_fd(), ORDERS),
-        (sources[1].as_raw_fd(), STDOUT),
-        (sources[2].as_raw_fd(), STDERR),
-    ];
     let mut command = relaunch.command(Role::Shim, &[]);
     command.current_dir("/").stdin(Stdio::null()).stdout(Stdio::null()).process_group(0);
     let hand_over = move || {
-        for (from, to) in places {
-            // SAFETY: only numbers are passed; the descriptors are open until the child has begun.
-            if unsafe { libc::dup2(from, to) } != to {
+        for (from, to) in sources.iter().zip([ORDERS, STDOUT, STDERR]) {
+            // SAFETY: only numbers are passed; the command owns the descriptors until it is dropped.
+            if unsafe { libc::dup2(from.as_raw_fd(), to) } != to {
                 return Err(io::Error::last_os_error());
             }
         }
@@ -158,8 +153,7 @@ pub(crate) fn start(
     unsafe {
         command.pre_exec(hand_over);
     }
-    let child = command.spawn()?;
-    Ok((child, ours))
+    Ok((command, ours))
 }
 
 /// The role `shim`.
@@ -454,6 +448,8 @@ fn parent_of(pid: u32) -> Option<u32> {
 
 #[cfg(test)]
 mod tests {
+    use std::process::Child;
+
     use super::*;
     use crate::entry::tests::this_test_binary;
 
@@ -467,7 +463,8 @@ mod tests {
     impl Fixture {
         fn new() -> Self {
             let (stdout, end) = io::pipe().unwrap();
-            let (child, orders) = start(&this_test_binary(), end.as_fd(), end.as_fd()).unwrap();
+            let (mut command, orders) = command(&this_test_binary(), end.as_fd(), end.as_fd()).unwrap();
+            let child = command.spawn().unwrap();
             Self { child, orders, buffer: Vec::new(), stdout }
         }
 
@@ -561,7 +558,7 @@ mod tests {
 
     #[test]
     fn children_are_found_with_and_without_lists() {
-        let mut child = std::process::Command::new("sleep").arg("1000").spawn().unwrap();
+        let mut child = Command::new("sleep").arg("1000").spawn().unwrap();
         assert!(children_of(std::process::id()).contains(&child.id()));
         assert!(children_by_parent(std::process::id()).contains(&child.id()));
         child.kill().unwrap();

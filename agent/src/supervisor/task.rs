@@ -314,6 +314,11 @@ impl Machine {
         }
     }
 
+    /// A task that has its record already.
+    pub(crate) fn ended(spec: &TaskSpec) -> Self {
+        Self { state: State::Finished, ..Self::new(spec) }
+    }
+
     /// Takes in one event. Never blocks and never reads a clock. Repeated orders are harmless, and so are orders that
     /// come too late.
     pub(crate) fn handle(&mut self, event: Event, now: Instant, actions: &mut Vec<Action>) {

@@ -1,0 +1,747 @@
+//! Attends to one task: its directories, its processes, its output. Follows the orders of the task's machine and tells
+//! what came of them.
+//!
+//! One attendant a task, each in a small loop of its own on the supervisor's thread. It decides nothing: what follows
+//! what is written in `task.rs`. What may take long (copying many files, packing results) it hands to other threads.
+
+use std::{
+    collections::BTreeMap,
+    fs, io,
+    os::fd::{AsFd as _, OwnedFd},
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use millstream_common::{
+    clock::World,
+    id::TaskId,
+    limits,
+    log::LogChannel,
+    outcome::{ArchiveInfo, LeakedProcess, Reason, TaskEnd},
+    spec::{FileSource, ShippedFile, TaskSpec},
+};
+use millstream_proto::v1;
+use prost::Message as _;
+use tokio::{
+    io::{Interest, unix::AsyncFd},
+    sync::mpsc,
+};
+use tracing::{info, warn};
+
+use super::{
+    account::{self, Account},
+    blobs::{Blobs, Owner},
+    cgroup::{self, GroupError, Hierarchies, LimitGroups},
+    process::{Launch, moved, watch},
+    relay::Relay,
+    spool::{Quota, SpoolWriter},
+    task::{Action, Event, Refusal, Sealed},
+    tree::{Ended, Happened, Started, Tree},
+    workspace::{Workspace, WorkspaceError},
+};
+use crate::entry::{Relaunch, is_entry_variable};
+
+/// Orders that wait for an attendant: a machine gives few before it is told what came of them, and people send signals.
+pub(crate) const ORDERS_COUNT_MAX: usize = 64;
+/// Files that are put in place without leaving the supervisor's thread.
+const QUICK_FILES_COUNT_MAX: usize = 8;
+/// Room in an output pipe: what one read takes.
+const PIPE_BYTES: usize = limits::CHUNK_BYTES;
+/// Where a task's record lies in its directory.
+pub(crate) const RECORD_FILE: &str = "end.pb";
+/// Where its specification lies.
+pub(crate) const SPEC_FILE: &str = "spec.pb";
+/// The mark that its first program was about to begin.
+pub(crate) const STARTED_FILE: &str = "started";
+
+/// What all attendants of a session share.
+#[derive(Debug)]
+pub(crate) struct Surroundings {
+    /// Clock and numbers.
+    pub(crate) world: World,
+    /// The session's directory.
+    pub(crate) session_dir: PathBuf,
+    /// Environment of every block.
+    pub(crate) base_environment: Vec<(String, String)>,
+    /// How to start a shim.
+    pub(crate) relaunch: Relaunch,
+    /// The session's control group; without one, trees are contained by shims.
+    pub(crate) cgroup: Option<PathBuf>,
+    /// Where limits are set.
+    pub(crate) hierarchies: Hierarchies,
+    /// Shipped files.
+    pub(crate) blobs: Blobs,
+    /// Blocks' calls.
+    pub(crate) relay: Relay,
+    /// `/dev/null`, for reading and writing.
+    pub(crate) null: OwnedFd,
+    /// Where attendants tell what happened.
+    pub(crate) told: mpsc::Sender<Told>,
+    /// Tasks whose output has grown.
+    pub(crate) grown: Arc<Grown>,
+}
+
+/// What an attendant tells.
+#[derive(Debug)]
+pub(crate) enum Told {
+    /// Something happened to a task.
+    Happened(TaskId, Event),
+    /// The terminal record is written; this is it.
+    Recorded(TaskId, Box<v1::TaskEnd>),
+}
+
+/// Tasks whose output has grown since they were last looked at.
+#[derive(Debug, Default)]
+pub(crate) struct Grown {
+    tasks: Mutex<Vec<TaskId>>,
+    /// Rung when there is one.
+    pub(crate) bell: tokio::sync::Notify,
+}
+
+impl Grown {
+    fn note(&self, task: TaskId) {
+        let mut tasks = self.tasks.lock().unwrap_or_else(PoisonError::into_inner);
+        // At most a few tasks run at once, and the newest is the likeliest.
+        if !tasks.contains(&task) {
+            tasks.push(task);
+            self.bell.notify_one();
+        }
+    }
+
+    /// Takes them out.
+    pub(crate) fn take(&self) -> Vec<TaskId> {
+        std::mem::take(&mut *self.tasks.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+/// The output of a task, shared by its attendant, which writes, and the supervisor, which tells how far it is.
+pub(crate) type SharedSpool = Arc<Mutex<Option<SpoolWriter>>>;
+
+/// The spool behind its lock; a writer that panicked has left a file that is readable as far as it was announced.
+pub(crate) fn locked(spool: &SharedSpool) -> MutexGuard<'_, Option<SpoolWriter>> {
+    spool.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Directory of a task.
+pub(crate) fn task_dir(session_dir: &Path, task: TaskId) -> PathBuf {
+    session_dir.join("tasks").join(task.to_string())
+}
+
+/// Socket of a task.
+pub(crate) fn socket_path(session_dir: &Path, task: TaskId) -> PathBuf {
+    session_dir.join("sync").join(format!("{}.sock", task.short()))
+}
+
+/// The attendant of one task.
+pub(crate) struct Attendant {
+    around: Arc<Surroundings>,
+    task: TaskId,
+    spec: Arc<TaskSpec>,
+    secret_files: Vec<ShippedFile>,
+    directory: PathBuf,
+    spool: SharedSpool,
+    staged: Option<Staged>,
+}
+
+/// What a task has from its preparation to its end.
+struct Staged {
+    workspace: Workspace,
+    environment: Vec<(String, String)>,
+    account: Option<Account>,
+    tree: Tree,
+    groups: LimitGroups,
+    outputs: Outputs,
+    /// The launch of the running phase, to explain why it could not begin.
+    launch: Option<Launch>,
+    has_socket: bool,
+}
+
+impl Attendant {
+    /// Starts to attend to a task that was accepted.
+    pub(crate) fn start(
+        around: Arc<Surroundings>,
+        task: TaskId,
+        spec: Arc<TaskSpec>,
+        secret_files: Vec<ShippedFile>,
+        spool: SharedSpool,
+    ) -> mpsc::Sender<Action> {
+        let (orders, received) = mpsc::channel(ORDERS_COUNT_MAX);
+        let directory = task_dir(&around.session_dir, task);
+        let attendant = Self { around, task, spec, secret_files, directory, spool, staged: None };
+        drop(tokio::spawn(attendant.run(received)));
+        orders
+    }
+
+    async fn run(mut self, mut orders: mpsc::Receiver<Action>) {
+        loop {
+            let order = match &mut self.staged {
+                None => orders.recv().await,
+                Some(staged) => {
+                    tokio::select! {
+                        biased;
+                        order = orders.recv() => order,
+                        happened = staged.tree.next() => {
+                            self.take_in(happened).await;
+                            continue;
+                        }
+                        channel = staged.outputs.readable() => {
+                            self.read_once(channel);
+                            continue;
+                        }
+                    }
+                }
+            };
+            let Some(order) = order else { break };
+            let is_last = matches!(order, Action::Record(_));
+            self.follow(order).await;
+            if is_last {
+                break;
+            }
+        }
+    }
+
+    async fn follow(&mut self, order: Action) {
+        match order {
+            Action::Prepare => {
+                let event = match self.prepare().await {
+                    Ok(staged) => {
+                        self.staged = Some(staged);
+                        Event::Prepared
+                    }
+                    Err(refusal) => Event::NotPrepared(refusal),
+                };
+                self.tell(event).await;
+            }
+            Action::StartPhase { index, held } => self.start_phase(index, held).await,
+            Action::LetGo => self.let_go().await,
+            Action::Signal(signal) => {
+                if let Some(staged) = &mut self.staged
+                    && let Err(error) = staged.tree.signal(signal).await
+                {
+                    warn!(task_id = %self.task, signal, %error, "signal not sent");
+                }
+            }
+            Action::EndTree => self.end_tree().await,
+            Action::Seal => {
+                let sealed = self.seal().await;
+                self.tell(Event::Sealed(Box::new(sealed))).await;
+            }
+            Action::Record(end) => self.record(*end).await,
+            // The supervisor's own.
+            Action::Announce => {}
+        }
+    }
+
+    async fn tell(&self, event: Event) {
+        self.send(Told::Happened(self.task, event)).await;
+    }
+
+    async fn send(&self, told: Told) {
+        // A supervisor that has ended has nobody to be told.
+        let _gone: Result<(), _> = self.around.told.send(told).await;
+    }
+
+    async fn prepare(&mut self) -> Result<Staged, Refusal> {
+        let account = self.account()?;
+        let owner = account.as_ref().map(|account| Owner { uid: account.uid, gid: account.gid });
+        let workspace = self.make_workspace(owner).await?;
+        let exhausted = |what: &str, error: &dyn std::fmt::Display| Refusal {
+            reason: Reason::HostExhausted,
+            detail: format!("failed to {what}: {error}"),
+        };
+        let quota = Quota { head_bytes: self.spec.log_head_bytes, tail_bytes: self.spec.log_tail_bytes };
+        let spool = SpoolWriter::create(self.directory.join("spool"), quota)
+            .map_err(|error| exhausted("make the log of the task", &error))?;
+        *locked(&self.spool) = Some(spool);
+        let (outputs, ends) = Outputs::new().map_err(|error| exhausted("make the output pipes", &error))?;
+        let name = self.task.short();
+        let tree = match &self.around.cgroup {
+            Some(session) => Tree::in_group(session.join(format!("t-{name}")), ends)
+                .map_err(|error| exhausted("contain the task", &told_in_full(&error)))?,
+            None => Tree::under_shim(&self.around.relaunch, ends)
+                .map_err(|error| exhausted("start the shim of the task", &error))?,
+        };
+        let legacy = format!("millstream-{name}");
+        let groups = LimitGroups::create(&self.around.hierarchies, tree.group(), &legacy, &self.spec.limits)
+            .map_err(|error| Refusal {
+                reason: Reason::LimitsUnavailable,
+                detail: format!("the limits of the block cannot be set: {}", told_in_full(&error)),
+            })?;
+        let socket = socket_path(&self.around.session_dir, self.task);
+        let opened = self.around.relay.open(self.task, &socket, owner.map(|owner| (owner.uid, owner.gid)));
+        let has_socket = match opened {
+            Ok(()) => true,
+            Err(error) => {
+                // A block that meets nobody can run without it; one that does is told by the missing file.
+                warn!(task_id = %self.task, error = %told_in_full(&error), "no sync socket for this task");
+                false
+            }
+        };
+        let environment = self.environment(&workspace, account.as_ref(), &socket);
+        Ok(Staged { workspace, environment, account, tree, groups, outputs, launch: None, has_socket })
+    }
+
+    /// Whom the block runs as, when that is not who we are.
+    fn account(&self) -> Result<Option<Account>, Refusal> {
+        let Some(user) = &self.spec.user else { return Ok(None) };
+        let refused = |detail| Refusal { reason: Reason::UserRefused, detail };
+        let account = account::find(user).map_err(|error| refused(told_in_full(&error)))?;
+        let own = rustix::process::geteuid();
+        if account.uid == own.as_raw() {
+            return Ok(None);
+        }
+        if !own.is_root() {
+            return Err(refused(format!(
+                "the agent runs as user number {} and cannot become `{user}`: run it as root, or as that user",
+                own.as_raw()
+            )));
+        }
+        Ok(Some(account))
+    }
+
+    async fn make_workspace(&mut self, owner: Option<Owner>) -> Result<Workspace, Refusal> {
+        let secret_files = std::mem::take(&mut self.secret_files);
+        let is_small =
+            |file: &ShippedFile| !matches!(file.source, FileSource::Blob(_)) || file.mode & 0o111 != 0;
+        let all = || self.spec.files.iter().chain(&secret_files);
+        let made = if all().count() <= QUICK_FILES_COUNT_MAX && all().all(is_small) {
+            Workspace::create(&self.directory, &self.spec, &secret_files, &self.around.blobs, owner)
+        } else {
+            let (directory, spec, blobs) =
+                (self.directory.clone(), self.spec.clone(), self.around.blobs.clone());
+            let making = move || Workspace::create(&directory, &spec, &secret_files, &blobs, owner);
+            tokio::task::spawn_blocking(making).await.unwrap_or_else(|error| {
+                let source = io::Error::other(error);
+                Err(WorkspaceError::Directory { path: self.directory.clone(), source })
+            })
+        };
+        made.map_err(|error| Refusal { reason: error.reason(), detail: told_in_full(&error) })
+    }
+
+    /// The whole environment of the block. What stands later wins.
+    fn environment(
+        &self,
+        workspace: &Workspace,
+        account: Option<&Account>,
+        socket: &Path,
+    ) -> Vec<(String, String)> {
+        let text = |path: &Path| path.to_string_lossy().into_owned();
+        let base = self.around.base_environment.iter().filter(|(name, _)| !is_entry_variable(name.as_ref()));
+        let mut variables: BTreeMap<String, String> = base.cloned().collect();
+        if let Some(account) = account {
+            variables.extend([
+                ("HOME".to_owned(), text(&account.home)),
+                ("USER".to_owned(), account.name.clone()),
+                ("LOGNAME".to_owned(), account.name.clone()),
+                ("SHELL".to_owned(), account.shell.clone()),
+            ]);
+        }
+        variables.extend(self.spec.environment.iter().map(|(name, value)| (name.clone(), value.clone())));
+        variables.extend(workspace.variables().iter().cloned());
+        variables.extend([
+            ("MILLSTREAM_OUTPUT".to_owned(), text(workspace.output())),
+            ("MILLSTREAM_WHITEBOARD".to_owned(), text(workspace.whiteboard())),
+            ("MILLSTREAM_PRIVATE".to_owned(), text(workspace.private())),
+            ("MILLSTREAM_SYNC".to_owned(), text(socket)),
+            ("MILLSTREAM_TASK".to_owned(), self.task.to_string()),
+            ("MILLSTREAM_STREAM".to_owned(), self.spec.stream.to_string()),
+        ]);
+        let commands = text(&self.around.session_dir.join("bin"));
+        let path =
+            variables.entry("PATH".to_owned()).or_insert_with(|| "/usr/local/bin:/usr/bin:/bin".to_owned());
+        *path = format!("{commands}:{path}");
+        variables.into_iter().collect()
+    }
+
+    async fn start_phase(&mut self, index: usize, held: bool) {
+        let started = self.try_start_phase(index, held).await;
+        let wall_ns = self.around.world.clock.wall_ns();
+        match started {
+            Ok(Some(pid)) => {
+                let phase = self.spec.phases[index].phase;
+                let user = self.spec.user.as_deref().unwrap_or("the agent's own");
+                info!(task_id = %self.task, block = %self.spec.name, stream = %self.spec.stream, %phase, pid, user,
+                    held, "started");
+                self.tell(Event::PhaseStarted { pid, wall_ns }).await;
+            }
+            // Told later, by the shim.
+            Ok(None) => {}
+            Err(refusal) => self.tell(Event::PhaseNotStarted(refusal)).await,
+        }
+    }
+
+    async fn try_start_phase(&mut self, index: usize, held: bool) -> Result<Option<u32>, Refusal> {
+        let spec = self.spec.clone();
+        let phase = &spec.phases[index];
+        if index == 0 && !held {
+            self.mark_started()?;
+        }
+        self.drain_now();
+        let wall_ns = self.around.world.clock.wall_ns();
+        if let Some(spool) = &mut *locked(&self.spool) {
+            // What could not be written is on the spool's own record.
+            let _noted: io::Result<u64> = spool.mark(phase.phase, wall_ns);
+        }
+        self.around.grown.note(self.task);
+        let staged = self.staged.as_mut().expect("a phase is ordered only of a task that was prepared");
+        let launch = Launch {
+            argv: phase.argv.clone(),
+            environment: staged.environment.clone(),
+            working_directory: staged.workspace.working_directory().to_owned(),
+            user: staged.account.clone(),
+            moved: moved(phase.output),
+            held,
+        };
+        let started = staged.tree.start(&launch, self.around.null.as_fd(), &staged.groups).await;
+        staged.launch = Some(launch);
+        Ok(match started? {
+            Started::Now(pid) => Some(pid),
+            Started::ToldLater => None,
+        })
+    }
+
+    /// Marks that the task's first program is about to begin. Exclusively: a task runs at most once, whatever happens.
+    fn mark_started(&self) -> Result<(), Refusal> {
+        let path = self.directory.join(STARTED_FILE);
+        let made = fs::OpenOptions::new().write(true).create_new(true).open(&path);
+        made.map(drop).map_err(|error| Refusal {
+            reason: if error.kind() == io::ErrorKind::AlreadyExists {
+                Reason::StateCorrupt
+            } else {
+                Reason::HostExhausted
+            },
+            detail: format!("the start of the task cannot be marked in `{}`: {error}", path.display()),
+        })
+    }
+
+    async fn let_go(&mut self) {
+        match self.mark_started() {
+            Ok(()) => {
+                let wall_ns = self.around.world.clock.wall_ns();
+                if let Some(staged) = &mut self.staged {
+                    staged.tree.let_go().await;
+                }
+                self.tell(Event::Went { wall_ns }).await;
+            }
+            Err(refusal) => self.tell(Event::PhaseNotStarted(refusal)).await,
+        }
+    }
+
+    async fn take_in(&mut self, happened: Happened) {
+        match happened {
+            Happened::Started { pid } => {
+                let wall_ns = self.around.world.clock.wall_ns();
+                self.tell(Event::PhaseStarted { pid, wall_ns }).await;
+            }
+            Happened::NotStarted(refusal) => self.tell(Event::PhaseNotStarted(refusal)).await,
+            Happened::Exited { exit, failure } => {
+                // Everything that the process itself has printed is in the pipes by now.
+                self.drain_now();
+                let staged = self.staged.as_ref().expect("only what was staged can exit");
+                let event = match (failure, &staged.launch) {
+                    (Some(failure), Some(launch)) => Event::PhaseNotStarted(failure.refusal(launch)),
+                    _ => Event::PhaseExited { exit, out_of_memory: staged.groups.out_of_memory() },
+                };
+                self.tell(event).await;
+            }
+        }
+    }
+
+    /// Reads one piece of one output.
+    fn read_once(&mut self, channel: LogChannel) {
+        let Some(staged) = &mut self.staged else { return };
+        if let Read::Bytes(_) = staged.outputs.read(channel, &self.spool, &self.around.world) {
+            self.around.grown.note(self.task);
+        }
+    }
+
+    /// Reads what is in the pipes now, but never more than they hold twice over: somebody may go on writing.
+    fn drain_now(&mut self) {
+        let Some(staged) = &mut self.staged else { return };
+        for channel in CHANNELS {
+            let mut read = 0;
+            while let Read::Bytes(length) = staged.outputs.read(channel, &self.spool, &self.around.world) {
+                read += length;
+                if read >= 2 * PIPE_BYTES {
+                    break;
+                }
+            }
+            if read > 0 {
+                self.around.grown.note(self.task);
+            }
+        }
+    }
+
+    async fn end_tree(&mut self) {
+        let Some(staged) = &mut self.staged else { return };
+        let mut ended = staged.tree.end().await;
+        staged.launch = None;
+        if let Some(exit) = ended.exit {
+            self.tell(Event::PhaseExited { exit, out_of_memory: false }).await;
+        }
+        let held = self.drain_to_the_end().await;
+        if held || ended.uncertain {
+            self.find_escaped(&mut ended);
+        }
+        if let Some(staged) = &mut self.staged {
+            staged.groups.remove();
+        }
+        let wall_ns = self.around.world.clock.wall_ns();
+        let Ended { leaked, leaked_count, survivors, .. } = ended;
+        if leaked_count > 0 {
+            let commands: Vec<_> = leaked.iter().map(|process| process.command.as_str()).collect();
+            info!(task_id = %self.task, leaked_count, survivors, ?commands, "ended what the block left running");
+        }
+        self.tell(Event::TreeEnded { leaked, leaked_count, survivors, wall_ns }).await;
+    }
+
+    /// Reads all that is left in the pipes once the tree is dead, and tells whether somebody outside of the tree still
+    /// holds one of them. Their end is never waited for.
+    async fn drain_to_the_end(&mut self) -> bool {
+        let clock = self.around.world.clock.clone();
+        let give_up_at = clock.now() + limits::DRAIN_MAX;
+        let mut held = false;
+        for channel in CHANNELS {
+            loop {
+                let Some(staged) = &mut self.staged else { return false };
+                match staged.outputs.read(channel, &self.spool, &self.around.world) {
+                    Read::Bytes(_) => self.around.grown.note(self.task),
+                    Read::Nothing => {
+                        held = true;
+                        break;
+                    }
+                    Read::End => break,
+                }
+                if clock.now() >= give_up_at {
+                    held = true;
+                    break;
+                }
+                // Somebody may write as fast as we read: the others get their turn.
+                tokio::task::yield_now().await;
+            }
+        }
+        held
+    }
+
+    /// Ends who left the containment and still holds an output: found by the task's mark.
+    fn find_escaped(&self, ended: &mut Ended) {
+        let own = self.task.to_string();
+        for (process, described) in cgroup::find_marked(|mark| mark == own) {
+            warn!(task_id = %self.task, pid = described.pid, command = %described.command,
+                "a process had left the containment of its task");
+            cgroup::kill_marked(&process);
+            name_leaked(&mut ended.leaked, described);
+            ended.leaked_count += 1;
+        }
+    }
+
+    async fn seal(&mut self) -> Sealed {
+        let mut sealed = Sealed::default();
+        if let Some(spool) = &mut *locked(&self.spool) {
+            sealed.log = spool.finish();
+            sealed.last_lines = spool.last_lines();
+            sealed.trouble =
+                spool.first_error().map(|error| format!("some output could not be kept: {error}"));
+        }
+        let Some(staged) = &self.staged else { return sealed };
+        let workspace = staged.workspace.clone();
+        let is_empty = |path: &Path| fs::read_dir(path).is_ok_and(|mut entries| entries.next().is_none());
+        if is_empty(workspace.output()) && !workspace.whiteboard().exists() {
+            // The usual case, and too little to leave this thread for.
+            return sealed;
+        }
+        let packed = tokio::task::spawn_blocking(move || workspace.seal_and_pack()).await;
+        match packed {
+            Ok(Ok(Some(packed))) => {
+                sealed.skipped = packed.skipped;
+                sealed.archive = Some(self.with_small_archive_inline(packed.info));
+            }
+            Ok(Ok(None)) => {}
+            Ok(Err(error)) => {
+                sealed.trouble.get_or_insert(told_in_full(&error));
+            }
+            Err(error) => {
+                sealed.trouble.get_or_insert(format!("failed to pack the results: {error}"));
+            }
+        }
+        sealed
+    }
+
+    /// Small results travel with the record.
+    fn with_small_archive_inline(&self, mut info: ArchiveInfo) -> ArchiveInfo {
+        if info.inline.is_empty() && info.size_bytes <= limits::ARCHIVE_INLINE_BYTES_MAX {
+            match fs::read(super::workspace::archive_path(&self.directory)) {
+                Ok(bytes) => info.inline = bytes.into(),
+                // It can be fetched all the same, or the fetch tells why not.
+                Err(error) => warn!(task_id = %self.task, %error, "archive not read"),
+            }
+        }
+        info
+    }
+
+    async fn record(&mut self, end: TaskEnd) {
+        info!(task_id = %self.task, block = %self.spec.name, stream = %self.spec.stream, outcome = %end.outcome,
+            reason = %end.reason, "ended");
+        if self.staged.take().is_some_and(|staged| staged.has_socket) {
+            self.around.relay.close(self.task);
+        }
+        let end = v1::TaskEnd::from(&end);
+        if let Err(error) = write_record(&self.directory, &end) {
+            // It is known as long as this supervisor lives.
+            warn!(task_id = %self.task, %error, "terminal record not written");
+        }
+        self.send(Told::Recorded(self.task, Box::new(end))).await;
+    }
+}
+
+/// Names one more process, as long as there is room.
+pub(crate) fn name_leaked(leaked: &mut Vec<LeakedProcess>, process: LeakedProcess) {
+    if leaked.len() < cgroup::LEAKED_NAMED_MAX {
+        leaked.push(process);
+    }
+}
+
+/// An error with its causes, for the one line that a record has.
+fn told_in_full(error: &dyn std::error::Error) -> String {
+    let mut told = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let sentence = error.to_string();
+        // Some errors repeat their cause.
+        if !told.ends_with(&sentence) {
+            told = format!("{told}: {sentence}");
+        }
+        cause = error.source();
+    }
+    told
+}
+
+/// Writes the terminal record: it is there completely or not at all.
+///
+/// # Errors
+/// When it cannot be written.
+pub(crate) fn write_record(directory: &Path, end: &v1::TaskEnd) -> io::Result<()> {
+    let fresh = directory.join(".end.pb.new");
+    fs::write(&fresh, end.encode_to_vec())?;
+    fs::rename(&fresh, directory.join(RECORD_FILE))
+}
+
+/// Errors of groups are told with their cause by the caller.
+impl From<GroupError> for Refusal {
+    fn from(error: GroupError) -> Self {
+        Self { reason: Reason::HostExhausted, detail: told_in_full(&error) }
+    }
+}
+
+const CHANNELS: [LogChannel; 2] = [LogChannel::Stdout, LogChannel::Stderr];
+
+/// What one read gave.
+enum Read {
+    /// So many bytes.
+    Bytes(usize),
+    /// Nothing now, but somebody could still write.
+    Nothing,
+    /// Nobody can write any more.
+    End,
+}
+
+/// Read ends of the two output pipes of a task.
+struct Outputs {
+    stdout: Output,
+    stderr: Output,
+}
+
+struct Output {
+    pipe: AsyncFd<OwnedFd>,
+    at_end: bool,
+}
+
+/// Write ends of the two pipes.
+#[derive(Debug)]
+pub(crate) struct OutputEnds {
+    pub(crate) stdout: OwnedFd,
+    pub(crate) stderr: OwnedFd,
+}
+
+impl Outputs {
+    fn new() -> io::Result<(Self, OutputEnds)> {
+        let (stdout, stdout_end) = Output::new()?;
+        let (stderr, stderr_end) = Output::new()?;
+        Ok((Self { stdout, stderr }, OutputEnds { stdout: stdout_end, stderr: stderr_end }))
+    }
+
+    /// Waits until one of them has something.
+    async fn readable(&self) -> LogChannel {
+        tokio::select! {
+            () = self.stdout.readable() => LogChannel::Stdout,
+            () = self.stderr.readable() => LogChannel::Stderr,
+        }
+    }
+
+    /// Takes at most one piece into the spool.
+    fn read(&mut self, channel: LogChannel, spool: &SharedSpool, world: &World) -> Read {
+        thread_local! {
+            static PIECE: std::cell::RefCell<Vec<u8>> = std::cell::RefCell::new(vec![0; limits::CHUNK_BYTES]);
+        }
+        let output = if channel == LogChannel::Stderr { &mut self.stderr } else { &mut self.stdout };
+        PIECE.with_borrow_mut(|piece| match output.read(piece) {
+            Some(0) => Read::End,
+            Some(length) => {
+                if let Some(spool) = &mut *locked(spool) {
+                    // What cannot be written is counted, and told at the end of the task.
+                    let _kept: io::Result<u64> =
+                        spool.append(channel, world.clock.wall_ns(), &piece[..length]);
+                }
+                Read::Bytes(length)
+            }
+            None => Read::Nothing,
+        })
+    }
+}
+
+impl Output {
+    fn new() -> io::Result<(Self, OwnedFd)> {
+        let (ours, theirs) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)?;
+        // Fewer wake-ups for much output; where the system refuses, the usual size does.
+        let _size = rustix::pipe::fcntl_setpipe_size(&ours, PIPE_BYTES);
+        rustix::io::ioctl_fionbio(&ours, true)?;
+        Ok((Self { pipe: watch(ours, Interest::READABLE)?, at_end: false }, theirs))
+    }
+
+    async fn readable(&self) {
+        if self.at_end {
+            return std::future::pending().await;
+        }
+        // It fails only when the runtime is going away.
+        if self.pipe.readable().await.map(|mut guard| guard.retain_ready()).is_err() {
+            std::future::pending::<()>().await;
+        }
+    }
+
+    /// Bytes read, zero at the end, none when there is nothing now.
+    fn read(&mut self, piece: &mut [u8]) -> Option<usize> {
+        // Looked at before the read: what becomes readable after it must not be forgotten with it.
+        let mut context = std::task::Context::from_waker(std::task::Waker::noop());
+        let readiness = self.pipe.poll_read_ready(&mut context);
+        loop {
+            match rustix::io::read(self.pipe.get_ref(), &mut *piece) {
+                Ok(length) => {
+                    self.at_end = length == 0;
+                    return Some(length);
+                }
+                Err(rustix::io::Errno::INTR) => {}
+                Err(rustix::io::Errno::AGAIN) => {
+                    if let std::task::Poll::Ready(Ok(mut guard)) = readiness {
+                        guard.clear_ready();
+                    }
+                    return None;
+                }
+                Err(error) => {
+                    warn!(%error, "an output pipe cannot be read");
+                    self.at_end = true;
+                    return Some(0);
+                }
+            }
+        }
+    }
+}

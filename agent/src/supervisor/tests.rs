@@ -1,0 +1,687 @@
+//! The loop with real processes, in both ways of containing them.
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    os::unix::fs::PermissionsExt as _,
+    process::{Child, Command, Stdio},
+    time::Duration,
+};
+
+use millstream_common::{
+    clock::World,
+    convert::spec_sha256,
+    id::{BlockName, StreamName, TaskId},
+    log::LogChannel,
+    outcome::{Exit, OutcomeKind, Phase, Reason, TaskEnd},
+    spec::{Expectation, FailurePolicy, OutputDescriptors, PhaseSpec, ResourceLimits, TaskSpec},
+};
+use millstream_proto::{
+    supervisor::v1::{
+        CloseSession, DoorFrame, DoorHello, KeepLease, ReleaseTasks, Reply, SignalTask, StartTask,
+        SupervisorHello, TaskChanged, door_frame::Frame as Ask, supervisor_frame::Frame as Told,
+    },
+    v1,
+};
+use tokio::task::JoinHandle;
+use tonic::Code;
+
+use super::{cgroup::Hierarchies, spool::SpoolReader, *};
+use crate::entry::tests::this_test_binary;
+
+/// Longest wait of a test for something that should come soon.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Containment {
+    Group,
+    Shim,
+}
+
+/// Both where both are possible. Control groups need a writable one: then the tests run as root, as in CI.
+fn containments() -> Vec<Containment> {
+    match Hierarchies::find().unified {
+        Some(_) => vec![Containment::Group, Containment::Shim],
+        None => vec![Containment::Shim],
+    }
+}
+
+struct Fixture {
+    world: World,
+    directory: tempfile::TempDir,
+    config: SupervisorConfig,
+    doors: mpsc::Sender<UnixStream>,
+    reader: FrameReader<OwnedReadHalf>,
+    writer: FrameWriter<OwnedWriteHalf>,
+    running: JoinHandle<Result<(), SupervisorError>>,
+    requests: u64,
+    replies: BTreeMap<u64, Reply>,
+    tasks: BTreeMap<String, TaskChanged>,
+    hello: Option<SupervisorHello>,
+    lease_expired: bool,
+    numbers: u32,
+}
+
+impl Fixture {
+    async fn new(containment: Containment) -> Self {
+        Self::with_lease(containment, limits::LEASE).await
+    }
+
+    async fn with_lease(containment: Containment, lease: Duration) -> Self {
+        let world = World::system();
+        let directory = tempfile::tempdir().unwrap();
+        let session_dir = directory.path().join("session");
+        fs::create_dir(&session_dir).unwrap();
+        let config = SupervisorConfig {
+            session_dir,
+            session_id: world.ids.session_id(),
+            lease,
+            base_environment: vec![("PATH".to_owned(), "/usr/bin:/bin".to_owned())],
+            relaunch: this_test_binary(),
+            cgroup: Hierarchies::find()
+                .unified
+                .filter(|_| containment == Containment::Group)
+                .map(|own| own.join(format!("millstream-test-{}", std::process::id()))),
+            blobs_dir: directory.path().join("blobs"),
+        };
+        let (doors, came) = mpsc::channel(DOORS_COUNT_MAX);
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        doors.send(theirs).await.unwrap();
+        let running = tokio::spawn(run(config.clone(), world.clone(), came));
+        let (reader, writer) = ours.into_split();
+        let mut fixture = Self {
+            world,
+            directory,
+            config,
+            doors,
+            reader: FrameReader::new(reader),
+            writer: FrameWriter::new(writer),
+            running,
+            requests: 0,
+            replies: BTreeMap::new(),
+            tasks: BTreeMap::new(),
+            hello: None,
+            lease_expired: false,
+            numbers: 0,
+        };
+        fixture
+            .ask_nothing(Ask::Hello(DoorHello { protocol: wire::PROTOCOL, incarnation: String::new() }))
+            .await;
+        fixture
+    }
+
+    async fn new_door(&mut self) {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        self.doors.send(theirs).await.unwrap();
+        let (reader, writer) = ours.into_split();
+        (self.reader, self.writer) = (FrameReader::new(reader), FrameWriter::new(writer));
+        self.hello = None;
+        self.tasks.clear();
+        while self.hello.is_none() {
+            self.listen().await;
+        }
+    }
+
+    async fn ask_nothing(&mut self, ask: Ask) {
+        self.writer.send(&DoorFrame { request_id: 0, frame: Some(ask) }).await.unwrap();
+    }
+
+    async fn ask(&mut self, ask: Ask) -> Reply {
+        self.requests += 1;
+        let request_id = self.requests;
+        self.writer.send(&DoorFrame { request_id, frame: Some(ask) }).await.unwrap();
+        loop {
+            if let Some(reply) = self.replies.remove(&request_id) {
+                return reply;
+            }
+            self.listen().await;
+        }
+    }
+
+    /// Takes in the next frame.
+    async fn listen(&mut self) {
+        let next = tokio::time::timeout(
+            PATIENCE,
+            self.reader.next::<millstream_proto::supervisor::v1::SupervisorFrame>(),
+        );
+        let frame = next.await.expect("something is told in time").unwrap().expect("the supervisor is there");
+        match frame.frame.unwrap() {
+            Told::Hello(hello) => {
+                self.tasks.extend(hello.tasks.iter().map(|task| (task.task_id.clone(), task.clone())));
+                self.hello = Some(hello);
+            }
+            Told::Reply(reply) => drop(self.replies.insert(reply.request_id, reply)),
+            Told::Task(task) => drop(self.tasks.insert(task.task_id.clone(), task)),
+            Told::Relay(_) => {}
+            Told::LeaseExpired(_) => self.lease_expired = true,
+        }
+    }
+
+    async fn until(&mut self, task: TaskId, is_so: impl Fn(&TaskChanged) -> bool) -> TaskChanged {
+        loop {
+            if let Some(known) = self.tasks.get(&task.to_string()).filter(|task| is_so(task)) {
+                return known.clone();
+            }
+            self.listen().await;
+        }
+    }
+
+    async fn end_of(&mut self, task: TaskId) -> TaskEnd {
+        let changed = self.until(task, |task| task.end.is_some()).await;
+        assert_eq!(changed.state, i32::from(v1::TaskState::Finished));
+        TaskEnd::try_from(changed.end.unwrap()).unwrap()
+    }
+
+    async fn start(&mut self, spec: &TaskSpec) -> TaskId {
+        let task = self.world.ids.task_id();
+        self.numbers += 1;
+        let spec = TaskSpec { stream_number: self.numbers, ..spec.clone() };
+        let reply = self.put(task, &spec).await;
+        assert_eq!((reply.code, &*reply.message), (0, ""));
+        assert!(reply.start.unwrap().accepted_by_this_call);
+        task
+    }
+
+    async fn put(&mut self, task: TaskId, spec: &TaskSpec) -> Reply {
+        let wire = v1::TaskSpec::from(spec);
+        let spec_sha256 = spec_sha256(&wire);
+        let start =
+            StartTask { task_id: task.to_string(), spec: Some(wire), spec_sha256, ..StartTask::default() };
+        self.ask(Ask::Start(start)).await
+    }
+
+    async fn run(&mut self, spec: &TaskSpec) -> TaskEnd {
+        let task = self.start(spec).await;
+        self.end_of(task).await
+    }
+
+    async fn signal(&mut self, task: TaskId, kind: v1::SignalKind) -> Reply {
+        let signal = SignalTask { task_id: task.to_string(), kind: kind.into(), ..SignalTask::default() };
+        self.ask(Ask::Signal(signal)).await
+    }
+
+    fn log(&self, task: TaskId, channel: LogChannel) -> String {
+        let path = attendant::task_dir(&self.config.session_dir, task).join("spool");
+        let position = self.tasks[&task.to_string()].spool_position;
+        let (records, _) = SpoolReader::open(path).unwrap().read(0, position, 64 << 20).unwrap();
+        let all = records.into_iter().filter(|record| record.channel == channel);
+        String::from_utf8(all.flat_map(|record| record.data.to_vec()).collect()).unwrap()
+    }
+
+    async fn close(mut self) {
+        let reply = self.ask(Ask::Close(CloseSession {})).await;
+        assert_eq!((reply.code, reply.survivors), (0, Vec::new()));
+        for name in ["tasks", "sync", "bin"] {
+            assert!(!self.config.session_dir.join(name).exists(), "{name} is left behind");
+        }
+        if let Some(group) = self.config.session_cgroup() {
+            assert!(!group.exists(), "the control group is left behind");
+        }
+        tokio::time::timeout(PATIENCE, self.running).await.unwrap().unwrap().unwrap();
+        drop(self.directory);
+    }
+}
+
+fn spec(stream: &str, phases: &[(Phase, &str)]) -> TaskSpec {
+    let phase = |&(phase, script): &(Phase, &str)| PhaseSpec {
+        phase,
+        argv: vec!["bash".to_owned(), "-c".to_owned(), script.to_owned()],
+        timeout: None,
+        output: OutputDescriptors::Standard,
+    };
+    TaskSpec {
+        stream: StreamName::new(stream).unwrap(),
+        name: BlockName::new("block").unwrap(),
+        stream_number: 1,
+        test_number: 1,
+        files: Vec::new(),
+        phases: phases.iter().map(phase).collect(),
+        environment: BTreeMap::new(),
+        working_directory: String::new(),
+        user: None,
+        limits: ResourceLimits::default(),
+        grace: limits::GRACE,
+        log_head_bytes: limits::LOG_HEAD_BYTES,
+        log_tail_bytes: limits::LOG_TAIL_BYTES,
+        expectation: Expectation::Pass,
+        failure_policy: FailurePolicy::Continue,
+        hold: false,
+    }
+}
+
+fn script(text: &str) -> TaskSpec {
+    spec("stream", &[(Phase::Run, text)])
+}
+
+fn exec(argv: &[&str]) -> TaskSpec {
+    let mut spec = script("");
+    spec.phases[0].argv = argv.iter().map(|&word| word.to_owned()).collect();
+    spec
+}
+
+fn is_alive(pid: u32) -> bool {
+    fs::read_to_string(format!("/proc/{pid}/stat")).is_ok_and(|stat| !stat.contains(") Z "))
+}
+
+#[tokio::test]
+async fn a_block_runs_in_its_place_and_its_output_is_kept() {
+    for containment in containments() {
+        let mut fixture = Fixture::new(containment).await;
+        let mut block = script(
+            "pwd; echo to standard error >&2; echo $MILLSTREAM_STREAM $GREETING; command -v millstream-sync; \
+             test -S $MILLSTREAM_SYNC && echo noted > $MILLSTREAM_WHITEBOARD; echo kept > $MILLSTREAM_OUTPUT/file",
+        );
+        block.environment.insert("GREETING".to_owned(), "hello".to_owned());
+        let task = fixture.start(&block).await;
+        let end = fixture.end_of(task).await;
+        assert_eq!(
+            (end.outcome, end.reason, end.exit),
+            (OutcomeKind::Passed, Reason::Exited, Some(Exit::Code(0)))
+        );
+        let directory = attendant::task_dir(&fixture.config.session_dir, task);
+        let command = fixture.config.session_dir.join("bin/millstream-sync");
+        let expected = format!("{}\nstream hello\n{}\n", directory.join("work").display(), command.display());
+        assert_eq!(fixture.log(task, LogChannel::Stdout), expected);
+        assert_eq!(fixture.log(task, LogChannel::Stderr), "to standard error\n");
+        assert_eq!(fixture.log(task, LogChannel::Mark), "run");
+        assert_eq!(end.log.end_position, fixture.tasks[&task.to_string()].spool_position);
+        let archive = end.archive.unwrap();
+        assert_eq!(archive.inline.len() as u64, archive.size_bytes);
+        assert!(end.phases.len() == 1 && end.leaked_count == 0 && end.start_time_ns <= end.end_time_ns);
+        assert!(directory.join("started").exists() && directory.join("end.pb").exists());
+        let released = fixture.ask(Ask::Release(ReleaseTasks { task_ids: vec![task.to_string()] })).await;
+        assert_eq!(released.code, 0);
+        fixture.close().await;
+    }
+}
+
+#[tokio::test]
+async fn fifty_tasks_run_one_after_another() {
+    for containment in containments() {
+        let mut fixture = Fixture::new(containment).await;
+        let path = fixture.directory.path().join("order");
+        let mut tasks = Vec::new();
+        for number in 0..50 {
+            let text = format!("echo begin {number} >> {0}; echo end {number} >> {0}", path.display());
+            tasks.push(fixture.start(&script(&text)).await);
+        }
+        for task in tasks {
+            assert_eq!(fixture.end_of(task).await.outcome, OutcomeKind::Passed);
+        }
+        let expected: String = (0..50).map(|number| format!("begin {number}\nend {number}\n")).collect();
+        assert_eq!(fs::read_to_string(&path).unwrap(), expected);
+        fixture.close().await;
+    }
+}
+
+#[tokio::test]
+async fn a_daemon_ends_with_its_task_and_is_reported_while_it_holds_the_output() {
+    for containment in containments() {
+        let mut fixture = Fixture::new(containment).await;
+        let daemon = "(setsid bash -c 'echo $BASHPID; exec sleep 1000' &) ; sleep 0.1; echo done";
+        let task = fixture.start(&script(daemon)).await;
+        let end = fixture.end_of(task).await;
+        assert_eq!((end.outcome, end.leaked_count), (OutcomeKind::Passed, 1), "{containment:?}");
+        assert_eq!(end.leaked[0].command, "sleep 1000");
+        let printed = fixture.log(task, LogChannel::Stdout);
+        let pid = printed.lines().next().unwrap().parse::<u32>().unwrap();
+        assert_eq!(printed, format!("{pid}\ndone\n"));
+        assert_eq!(end.leaked[0].pid, pid);
+        assert!(!is_alive(pid));
+        fixture.close().await;
+    }
+}
+
+#[tokio::test]
+async fn what_setup_started_lives_until_teardown_is_over() {
+    for containment in containments() {
+        let mut fixture = Fixture::new(containment).await;
+        let phases = [
+            (Phase::Setup, "setsid sleep 1000 & echo $! > pid"),
+            (Phase::Run, "kill -0 $(cat pid) && echo alive in run; exit 3"),
+            (Phase::Teardown, "kill -0 $(cat pid) && echo alive in teardown; kill $(cat pid)"),
+        ];
+        let task = fixture.start(&spec("stream", &phases)).await;
+        let end = fixture.end_of(task).await;
+        assert_eq!(
+            (end.outcome, end.phase, end.exit),
+            (OutcomeKind::Failed, Some(Phase::Run), Some(Exit::Code(3)))
+        );
+        assert_eq!(fixture.log(task, LogChannel::Stdout), "alive in run\nalive in teardown\n");
+        assert_eq!(fixture.log(task, LogChannel::Mark), "setuprunteardown");
+        assert_eq!(end.phases.len(), 3);
+        fixture.close().await;
+    }
+}
+
+#[tokio::test]
+async fn a_timeout_terminates_and_teardown_runs() {
+    for containment in containments() {
+        let mut fixture = Fixture::new(containment).await;
+        let mut block = spec(
+            "stream",
+            &[
+                (Phase::Run, "trap 'echo asked; exit 0' TERM; sleep 1000 & wait"),
+                (Phase::Teardown, "echo cleaned"),
+            ],
+        );
+        block.phases[0].timeout = Some(Duration::from_millis(300));
+        let task = fixture.start(&block).await;
+        let end = fixture.end_of(task).await;
+        assert_eq!(
+            (end.outcome, end.reason),
+            (OutcomeKind::TimedOut, Reason::PhaseTimeout),
+            "{}",
+            end.detail
+        );
+        assert_eq!(fixture.log(task, LogChannel::Stdout), "asked\ncleaned\n");
+        assert_eq!(end.phases[1].outcome, OutcomeKind::Passed);
+        fixture.close().await;
+    }
+}
+
+#[tokio::test]
+async fn a_stop_that_is_ignored_becomes_a_kill() {
+    for containment in containments() {
+        let mut fixture = Fixture::new(containment).await;
+        let mut block = script("trap '' TERM; echo up; while :; do sleep 1000; done");
+        block.grace = Duration::from_millis(200);
+        let task = fixture.start(&block).await;
+        fixture.until(task, |task| task.last_line == "up").await;
+        fixture.signal(task, v1::SignalKind::Stop).await;
+        let end = fixture.end_of(task).await;
+        assert_eq!((end.outcome, end.exit), (OutcomeKind::Stopped, Some(Exit::Signal(9))), "{}", end.detail);
+        let again = fixture.signal(task, v1::SignalKind::Stop).await;
+        assert_eq!(again.state, i32::from(v1::TaskState::Finished));
+        fixture.close().await;
+    }
+}
+
+#[tokio::test]
+async fn why_a_block_cannot_begin_is_one_sentence() {
+    for containment in containments() {
+        let mut fixture = Fixture::new(containment).await;
+        let told = |end: TaskEnd| (end.outcome, end.reason, end.detail);
+
+        let end = fixture.run(&exec(&["no-such-program"])).await;
+        let path = format!("{}/bin:/usr/bin:/bin", fixture.config.session_dir.display());
+        let expected = format!(
+            "`no-such-program` is not on this host's PATH ({path}): install it or give its whole path"
+        );
+        assert_eq!(told(end), (OutcomeKind::Error, Reason::StartFailed, expected));
+
+        let file = fixture.directory.path().join("plain");
+        fs::write(&file, "#!/bin/sh\n").unwrap();
+        fs::set_permissions(&file, fs::Permissions::from_mode(0o644)).unwrap();
+        let end = fixture.run(&exec(&[file.to_str().unwrap()])).await;
+        let expected = format!(
+            "`{}` may not be executed: give it and its directories execute permission",
+            file.display()
+        );
+        assert_eq!(told(end), (OutcomeKind::Error, Reason::StartFailed, expected));
+
+        let homeless = TaskSpec { working_directory: "/no/such/place".to_owned(), ..exec(&["true"]) };
+        let (outcome, reason, detail) = told(fixture.run(&homeless).await);
+        assert_eq!((outcome, reason), (OutcomeKind::Error, Reason::StartFailed));
+        assert!(detail.contains("`/no/such/place`") && detail.contains("No such file"), "{detail}");
+
+        let stranger = TaskSpec { user: Some("no-such-user".to_owned()), ..exec(&["true"]) };
+        let expected =
+            "user `no-such-user` does not exist on this host: `/etc/passwd` has no such line".to_owned();
+        assert_eq!(told(fixture.run(&stranger).await), (OutcomeKind::Error, Reason::UserRefused, expected));
+
+        // The stream goes on.
+        assert_eq!(fixture.run(&exec(&["true"])).await.outcome, OutcomeKind::Passed);
+        fixture.close().await;
+    }
+}
+
+#[tokio::test]
+async fn a_start_is_a_put() {
+    let mut fixture = Fixture::new(containments()[0]).await;
+    let path = fixture.directory.path().join("count");
+    let block = script(&format!("echo once >> {}", path.display()));
+    let task = fixture.world.ids.task_id();
+    assert!(fixture.put(task, &block).await.start.unwrap().accepted_by_this_call);
+    assert!(!fixture.put(task, &block).await.start.unwrap().accepted_by_this_call);
+    fixture.end_of(task).await;
+    let again = fixture.put(task, &block).await.start.unwrap();
+    assert_eq!((again.state, again.accepted_by_this_call), (v1::TaskState::Finished.into(), false));
+    let other = fixture.put(task, &script("echo other")).await;
+    assert_eq!(other.code, Code::AlreadyExists as u32);
+    assert_eq!(fs::read_to_string(&path).unwrap(), "once\n");
+    fixture.close().await;
+}
+
+#[tokio::test]
+async fn a_held_task_waits_for_the_order_to_go() {
+    for containment in containments() {
+        let mut fixture = Fixture::new(containment).await;
+        let block = TaskSpec { hold: true, ..script("echo gone") };
+        let task = fixture.start(&block).await;
+        fixture.until(task, |task| task.state == i32::from(v1::TaskState::Staged) && task.pid > 0).await;
+        let started = attendant::task_dir(&fixture.config.session_dir, task).join("started");
+        assert!(!started.exists());
+        fixture.signal(task, v1::SignalKind::Go).await;
+        assert_eq!(fixture.end_of(task).await.outcome, OutcomeKind::Passed);
+        assert_eq!(fixture.log(task, LogChannel::Stdout), "gone\n");
+        let taken_back = fixture.start(&block).await;
+        fixture
+            .until(taken_back, |task| task.state == i32::from(v1::TaskState::Staged) && task.pid > 0)
+            .await;
+        fixture.signal(taken_back, v1::SignalKind::Cancel).await;
+        let end = fixture.end_of(taken_back).await;
+        assert_eq!((end.outcome, end.leaked_count, end.log.stdout_bytes), (OutcomeKind::Cancelled, 0, 0));
+        fixture.close().await;
+    }
+}
+
+#[tokio::test]
+async fn a_failure_drains_the_stream_and_no_other() {
+    let mut fixture = Fixture::new(containments()[0]).await;
+    let failing = TaskSpec { failure_policy: FailurePolicy::Drain, hold: true, ..script("exit 1") };
+    let first = fixture.start(&failing).await;
+    let second = fixture.start(&exec(&["true"])).await;
+    let mut elsewhere = exec(&["true"]);
+    elsewhere.stream = StreamName::new("other").unwrap();
+    let other = fixture.start(&elsewhere).await;
+    let waiting = fixture.until(second, |task| task.explanation.contains("waits")).await;
+    assert!(waiting.explanation.starts_with("waits for 1-block before it in stream stream"), "{waiting:?}");
+    fixture.signal(first, v1::SignalKind::Go).await;
+    assert_eq!(fixture.end_of(first).await.outcome, OutcomeKind::Failed);
+    let drained = fixture.end_of(second).await;
+    assert_eq!((drained.outcome, drained.reason), (OutcomeKind::Cancelled, Reason::Drained));
+    assert_eq!(fixture.end_of(other).await.outcome, OutcomeKind::Passed);
+    fixture.close().await;
+}
+
+#[tokio::test]
+async fn silence_for_longer_than_the_lease_ends_everything_and_results_stay() {
+    for containment in containments() {
+        let mut fixture = Fixture::with_lease(containment, Duration::from_millis(800)).await;
+        let task = fixture.start(&script("(setsid sleep 1000 &); echo $$; sleep 1000")).await;
+        let waiting = fixture.start(&exec(&["true"])).await;
+        fixture.until(task, |task| !task.last_line.is_empty()).await;
+        let pid: u32 = fixture.log(task, LogChannel::Stdout).trim().parse().unwrap();
+        let end = fixture.end_of(task).await;
+        assert_eq!((end.outcome, end.reason), (OutcomeKind::Killed, Reason::LeaseExpired), "{}", end.detail);
+        assert!(!is_alive(pid) && fixture.lease_expired);
+        assert_eq!(fixture.end_of(waiting).await.reason, Reason::LeaseExpired);
+        let refused = fixture.put(fixture.world.ids.task_id(), &exec(&["true"])).await;
+        assert_eq!(refused.code, Code::FailedPrecondition as u32);
+        let refused = fixture.ask(Ask::Keep(KeepLease { epoch: 9, lease_duration: None })).await;
+        assert_eq!(refused.code, Code::FailedPrecondition as u32);
+        assert_eq!(fixture.log(task, LogChannel::Stdout), format!("{pid}\n"));
+        fixture.close().await;
+    }
+}
+
+#[tokio::test]
+async fn a_new_door_is_told_everything() {
+    let mut fixture = Fixture::new(containments()[0]).await;
+    let done = fixture.start(&exec(&["true"])).await;
+    fixture.end_of(done).await;
+    let running = fixture.start(&script("echo up; sleep 1000")).await;
+    fixture.until(running, |task| task.last_line == "up").await;
+    fixture.new_door().await;
+    let hello = fixture.hello.clone().unwrap();
+    assert_eq!((hello.tasks.len(), hello.lease_expired, hello.pid), (2, false, std::process::id()));
+    assert!(fixture.tasks[&done.to_string()].end.is_some());
+    let seen = &fixture.tasks[&running.to_string()];
+    assert_eq!((seen.state, &*seen.last_line, seen.logged_bytes), (v1::TaskState::Running.into(), "up", 3));
+    fixture.close().await;
+}
+
+#[tokio::test]
+async fn closing_kills_what_runs_and_nothing_is_left() {
+    for containment in containments() {
+        let mut fixture = Fixture::new(containment).await;
+        let task = fixture.start(&script("trap '' TERM; (setsid sleep 1000 &); echo $$; sleep 1000")).await;
+        fixture.until(task, |task| !task.last_line.is_empty()).await;
+        let pid: u32 = fixture.log(task, LogChannel::Stdout).trim().parse().unwrap();
+        fixture.close().await;
+        assert!(!is_alive(pid));
+    }
+}
+
+#[tokio::test]
+async fn much_output_is_kept_byte_for_byte() {
+    for containment in containments() {
+        let mut fixture = Fixture::new(containment).await;
+        let task = fixture.start(&script("seq 1 1000000; seq 1 1000 >&2")).await;
+        let end = fixture.end_of(task).await;
+        let expected: String = (1..=1_000_000).map(|number| format!("{number}\n")).collect();
+        assert!(fixture.log(task, LogChannel::Stdout) == expected);
+        assert_eq!(end.log.stdout_bytes, expected.len() as u64);
+        assert_eq!(end.last_lines.len(), limits::LAST_LINES_COUNT);
+        fixture.close().await;
+    }
+}
+
+#[tokio::test]
+async fn a_lost_task_is_not_begun_again() {
+    let mut fixture = Fixture::new(containments()[0]).await;
+    let task = fixture.start(&script("echo $$; sleep 1000")).await;
+    fixture.until(task, |task| !task.last_line.is_empty()).await;
+    let spec_of_it = TaskSpec { stream_number: 1, ..script("echo $$; sleep 1000") };
+    // As if the supervisor had been killed: nothing is ended in order.
+    fixture.running.abort();
+    assert!((&mut fixture.running).await.unwrap_err().is_cancelled());
+    let (doors, came) = mpsc::channel(DOORS_COUNT_MAX);
+    fixture.doors = doors;
+    fixture.running = tokio::spawn(run(fixture.config.clone(), fixture.world.clone(), came));
+    fixture.new_door().await;
+    let end = fixture.end_of(task).await;
+    assert_eq!((end.outcome, end.reason), (OutcomeKind::Lost, Reason::SupervisorDied));
+    let again = fixture.put(task, &spec_of_it).await.start.unwrap();
+    assert_eq!((again.state, again.accepted_by_this_call), (v1::TaskState::Finished.into(), false));
+    fixture.close().await;
+}
+
+#[tokio::test]
+async fn limits_hold_and_are_told_apart_from_other_deaths() {
+    if Hierarchies::find().limits_source() == cgroup::LimitsSource::None {
+        // Told by the error that such a task gets.
+        let mut fixture = Fixture::new(containments()[0]).await;
+        let mut block = exec(&["true"]);
+        block.limits.memory_bytes = Some(32 << 20);
+        assert_eq!(fixture.run(&block).await.reason, Reason::LimitsUnavailable);
+        return fixture.close().await;
+    }
+    for containment in containments() {
+        let mut fixture = Fixture::new(containment).await;
+        // A line without an end is kept in memory.
+        let mut block = script("set -o pipefail; head -c 200m /dev/zero | tail -n 1 > /dev/null");
+        block.limits.memory_bytes = Some(32 << 20);
+        let end = fixture.run(&block).await;
+        assert_eq!((end.outcome, end.reason), (OutcomeKind::Killed, Reason::OutOfMemory), "{}", end.detail);
+        fixture.close().await;
+    }
+}
+
+/// A supervisor as a process of its own, started as the door starts it.
+struct Process {
+    child: Child,
+    config: SupervisorConfig,
+    _directory: tempfile::TempDir,
+}
+
+impl Process {
+    fn start() -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let config = SupervisorConfig {
+            session_dir: directory.path().to_owned(),
+            session_id: World::system().ids.session_id(),
+            lease: limits::LEASE,
+            base_environment: Vec::new(),
+            relaunch: this_test_binary(),
+            cgroup: None,
+            blobs_dir: directory.path().join("blobs"),
+        };
+        fs::write(directory.path().join(CONFIG_FILE), serde_json::to_vec(&config).unwrap()).unwrap();
+        let child = Self::command(&config).spawn().unwrap();
+        Self { child, config, _directory: directory }
+    }
+
+    fn command(config: &SupervisorConfig) -> Command {
+        let mut command =
+            config.relaunch.command(crate::entry::Role::Supervisor, &[config.session_dir.clone().into()]);
+        command.stdout(Stdio::piped()).stderr(Stdio::null());
+        command
+    }
+
+    fn first_words(child: &mut Child) -> String {
+        let mut words = String::new();
+        io::Read::read_to_string(&mut child.stdout.take().unwrap(), &mut words).unwrap();
+        words
+    }
+}
+
+#[tokio::test]
+async fn the_process_listens_survives_the_terminal_and_ends_when_it_is_closed() {
+    let mut process = Process::start();
+    assert_eq!(Process::first_words(&mut process.child), format!("{READY}\n"));
+    // One lives here already.
+    let mut second = Process::command(&process.config).spawn().unwrap();
+    let told = Process::first_words(&mut second);
+    assert!(told.starts_with("another supervisor holds "), "{told}");
+    assert!(!second.wait().unwrap().success());
+    for signal in ["-HUP", "-INT", "-TERM"] {
+        assert!(
+            Command::new("kill").args([signal, &process.child.id().to_string()]).status().unwrap().success()
+        );
+    }
+    for _ in 0..2 {
+        // A door that leaves is replaced by the next.
+        let stream = UnixStream::connect(process.config.session_dir.join(SOCKET_FILE)).await.unwrap();
+        let (reader, _writer) = stream.into_split();
+        let mut reader = FrameReader::new(reader);
+        let frame: Option<millstream_proto::supervisor::v1::SupervisorFrame> = reader.next().await.unwrap();
+        let Some(Told::Hello(hello)) = frame.unwrap().frame else { panic!("a hello comes first") };
+        assert_eq!(hello.pid, process.child.id());
+    }
+    let stream = UnixStream::connect(process.config.session_dir.join(SOCKET_FILE)).await.unwrap();
+    let (_reader, writer) = stream.into_split();
+    let close = DoorFrame { request_id: 1, frame: Some(Ask::Close(CloseSession {})) };
+    FrameWriter::new(writer).send(&close).await.unwrap();
+    let ended = tokio::task::spawn_blocking(move || process.child.wait().unwrap());
+    assert!(tokio::time::timeout(PATIENCE, ended).await.unwrap().unwrap().success());
+}
+
+#[tokio::test]
+async fn a_block_of_another_user_reaches_its_directories() {
+    if !rustix::process::geteuid().is_root() {
+        // Refused to everybody else; that is tested where processes are made.
+        return;
+    }
+    let mut fixture = Fixture::new(containments()[0]).await;
+    fs::set_permissions(fixture.directory.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    let text = "id -un; echo $HOME $USER; touch file && echo out > $MILLSTREAM_OUTPUT/x && echo w > $MILLSTREAM_WHITEBOARD";
+    let block = TaskSpec { user: Some("nobody".to_owned()), ..script(text) };
+    let task = fixture.start(&block).await;
+    let end = fixture.end_of(task).await;
+    assert_eq!((end.outcome, &*end.detail), (OutcomeKind::Passed, ""), "{:?}", end.last_lines);
+    let home = account::find("nobody").unwrap().home;
+    assert_eq!(fixture.log(task, LogChannel::Stdout), format!("nobody\n{} nobody\n", home.display()));
+    fixture.close().await;
+}
