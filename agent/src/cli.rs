@@ -1,1 +1,356 @@
-//! The command line of the agent.
+//! The command line of the agent: what each command does, in one place; how it does it lies in other rooms.
+
+mod relay;
+mod status;
+
+use std::{
+    env,
+    io::{self, IsTerminal as _, Write as _},
+    os::{linux::net::SocketAddrExt as _, unix::net::UnixDatagram},
+    path::{Path, PathBuf},
+    process::ExitCode,
+    time::Duration,
+};
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use millstream_common::{clock::World, protocol, tls::Role};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
+use tracing::{info, warn};
+use tracing_subscriber::EnvFilter;
+
+use crate::{
+    child::{self, ChildError},
+    config::{CONFIG_PATH, Config, ConfigError, UNIX_SOCKET},
+    door::{Door, DoorConfig, DoorError, base_environment, reload},
+    entry::Relaunch,
+    pki::{self, Authority, CERTIFICATE_LIFE, PkiError, Wanted},
+};
+
+/// Variable that says what is logged, such as `debug` or `millstream_agent=trace`.
+const LOG_VARIABLE: &str = "MILLSTREAM_LOG";
+/// Threads that serve connections: with two, TLS of one connection does not hold up another.
+const WORKER_THREADS: usize = 2;
+
+/// Runs blocks of code on this host for controllers.
+#[derive(Debug, Parser)]
+#[command(name = "millstream-agent", version = protocol::VERSION)]
+struct CommandLine {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Serve controllers until stopped.
+    Serve(Serve),
+    /// Relay standard input and output to the agent on this host.
+    Stdio(Stdio),
+    /// Make and show certificates.
+    #[command(subcommand)]
+    Pki(Pki),
+    /// Show what an agent does.
+    Status(status::Status),
+}
+
+#[derive(Debug, Args)]
+struct Serve {
+    /// Configuration file. Without it, and without the default one, only this host is served.
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+struct Stdio {
+    /// Unix socket of the running agent.
+    #[arg(long, value_name = "PATH", default_value = UNIX_SOCKET)]
+    socket: PathBuf,
+    /// Be an agent of its own, on a socket in `--directory`, until standard input ends.
+    #[arg(long, requires = "directory")]
+    child: bool,
+    /// Private directory of the child agent.
+    #[arg(long, value_name = "DIR", requires = "child")]
+    directory: Option<PathBuf>,
+}
+
+#[derive(Debug, Subcommand)]
+enum Pki {
+    /// Make a certificate authority.
+    Init {
+        /// Where its files go.
+        #[arg(long, value_name = "DIR", default_value = "/etc/millstream/pki")]
+        dir: PathBuf,
+        /// Its name, for people.
+        #[arg(long, default_value = "lab")]
+        name: String,
+    },
+    /// Make a certificate with a role.
+    Issue {
+        /// Where the authority's files are and the new ones go.
+        #[arg(long, value_name = "DIR", default_value = "/etc/millstream/pki")]
+        dir: PathBuf,
+        /// What its holder may do.
+        #[arg(long, value_enum)]
+        role: RoleWord,
+        /// Name of its holder.
+        #[arg(long)]
+        name: String,
+        /// Name or address by which an agent is dialled; once for each.
+        #[arg(long, value_name = "HOST")]
+        address: Vec<String>,
+        /// How long it lives.
+        #[arg(long, value_name = "SPAN", value_parser = humantime::parse_duration)]
+        valid: Option<Duration>,
+    },
+    /// Show certificates.
+    Show {
+        /// Files in PEM form.
+        #[arg(required = true, value_name = "FILE")]
+        files: Vec<PathBuf>,
+    },
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum RoleWord {
+    /// May run blocks.
+    Controller,
+    /// May only look.
+    Operator,
+    /// Is an agent.
+    Agent,
+}
+
+impl From<RoleWord> for Role {
+    fn from(word: RoleWord) -> Self {
+        match word {
+            RoleWord::Controller => Self::Controller,
+            RoleWord::Operator => Self::Operator,
+            RoleWord::Agent => Self::Agent,
+        }
+    }
+}
+
+/// Why a command did not do what it was asked.
+#[derive(Debug, thiserror::Error)]
+enum RunError {
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    #[error(transparent)]
+    Door(#[from] DoorError),
+    #[error(transparent)]
+    Child(#[from] ChildError),
+    #[error(transparent)]
+    Pki(#[from] PkiError),
+    #[error(transparent)]
+    Relay(#[from] relay::RelayError),
+    #[error(transparent)]
+    Status(#[from] status::StatusError),
+    #[error("failed to {attempt}: {}", millstream_common::tls::reason(source))]
+    System {
+        attempt: &'static str,
+        #[source]
+        source: io::Error,
+    },
+}
+
+fn system(attempt: &'static str) -> impl FnOnce(io::Error) -> RunError {
+    move |source| RunError::System { attempt, source }
+}
+
+/// Does what the command line says.
+#[must_use]
+pub fn run() -> ExitCode {
+    let done = match CommandLine::parse().command {
+        Command::Serve(serve) => serve.run(),
+        Command::Stdio(stdio) => stdio.run(),
+        Command::Pki(pki) => pki.run(),
+        Command::Status(status) => runtime(1).and_then(|runtime| Ok(runtime.block_on(status.run())?)),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            // Standard error may be closed; the exit code says it as well.
+            let _closed: io::Result<()> = writeln!(io::stderr(), "millstream-agent: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn runtime(threads: usize) -> Result<tokio::runtime::Runtime, RunError> {
+    let mut builder = match threads {
+        0 | 1 => tokio::runtime::Builder::new_current_thread(),
+        _ => tokio::runtime::Builder::new_multi_thread(),
+    };
+    builder.worker_threads(threads.max(1)).enable_all().build().map_err(system("start the runtime"))
+}
+
+/// Writes a line to standard output; a reader that has gone, such as `head`, is no error.
+fn print(text: &str) -> Result<(), RunError> {
+    match io::stdout().lock().write_all(text.as_bytes()) {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
+            Err(system("write to standard output")(error))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Logs to standard error: with times and colours for people, without them for a journal that has its own.
+pub(crate) fn log_to_standard_error(default: &str) {
+    let filter = EnvFilter::try_from_env(LOG_VARIABLE).unwrap_or_else(|_| EnvFilter::new(default));
+    let base = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(io::stderr)
+        .with_target(false)
+        .with_ansi(io::stderr().is_terminal());
+    let set = if env::var_os("JOURNAL_STREAM").is_some() {
+        tracing::subscriber::set_global_default(base.without_time().finish())
+    } else {
+        tracing::subscriber::set_global_default(base.finish())
+    };
+    if set.is_err() {
+        // Whoever embeds this program's rooms logs for itself.
+        warn!("another subscriber has been set before");
+    }
+}
+
+impl Serve {
+    fn run(self) -> Result<(), RunError> {
+        log_to_standard_error("info");
+        let config = match &self.config {
+            Some(path) => Config::load(path)?,
+            None if Path::new(CONFIG_PATH).exists() => Config::load(Path::new(CONFIG_PATH))?,
+            None => Config::built_in(Path::new("built-in configuration")),
+        };
+        let relaunch = Relaunch::of_this_program().map_err(system("find this program's own path"))?;
+        let runtime = runtime(WORKER_THREADS)?;
+        let served = runtime.block_on(serve(config, relaunch));
+        // Threads that wait for supervisors in the kernel hold nobody up.
+        runtime.shutdown_background();
+        served
+    }
+}
+
+async fn serve(config: Config, relaunch: Relaunch) -> Result<(), RunError> {
+    let tls = config.tls_config()?;
+    let door_config = DoorConfig {
+        state: config.state_directory.clone(),
+        relaunch,
+        base_environment: base_environment(),
+        supervisors_inside: false,
+    };
+    // First the state: an agent that may not use it must not take the socket of the one that does.
+    let door = Door::open(door_config, World::system()).await?;
+    let listeners = config.bind(tls.as_ref()).await?;
+    let shutdown = CancellationToken::new();
+    end_on_signals(&shutdown)?;
+    if let (Some(paths), Some(tls)) = (&config.tls, &tls) {
+        tokio::spawn(reload::keep_fresh(paths.value.clone(), tls.clone()));
+    }
+    for listen in &config.listen {
+        info!(address = %listen.value, tls = tls.is_some(), "listening");
+    }
+    info!(socket = %config.unix_socket.value.display(), state = %config.state_directory.display(), version = protocol::VERSION, "listening");
+    tell_init_system("READY=1");
+    let served = door.serve(listeners, drop, shutdown).await;
+    tell_init_system("STOPPING=1");
+    // The next agent finds no socket that nobody listens on.
+    let _gone_already = std::fs::remove_file(&config.unix_socket.value);
+    info!("ended; sessions go on without this process until their leases end");
+    Ok(served?)
+}
+
+fn end_on_signals(shutdown: &CancellationToken) -> Result<(), RunError> {
+    let mut terminate = signal(SignalKind::terminate()).map_err(system("listen to SIGTERM"))?;
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(system("listen to SIGINT"))?;
+    let shutdown = shutdown.clone();
+    tokio::spawn(async move {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+        info!("asked to end");
+        shutdown.cancel();
+    });
+    Ok(())
+}
+
+/// Tells an init system that waits for it; without one there is nobody to tell.
+fn tell_init_system(word: &str) {
+    let Some(path) = env::var_os("NOTIFY_SOCKET") else { return };
+    let bytes = path.as_encoded_bytes();
+    let address = match bytes.split_first() {
+        Some((b'@', name)) => std::os::unix::net::SocketAddr::from_abstract_name(name),
+        _ => std::os::unix::net::SocketAddr::from_pathname(&path),
+    };
+    let told = UnixDatagram::unbound()
+        .and_then(|socket| address.and_then(|address| socket.send_to_addr(word.as_bytes(), &address)));
+    if let Err(error) = told {
+        warn!(%error, "the init system cannot be told");
+    }
+}
+
+impl Stdio {
+    fn run(self) -> Result<(), RunError> {
+        match self.directory {
+            Some(directory) if self.child => {
+                let relaunch = Relaunch::of_this_program().map_err(system("find this program's own path"))?;
+                Ok(child::run(&directory, relaunch)?)
+            }
+            _ => {
+                let runtime = runtime(1)?;
+                let relayed = runtime.block_on(relay::run(&self.socket));
+                // A thread that waits in a read of standard input would hold the runtime for ever.
+                runtime.shutdown_background();
+                Ok(relayed?)
+            }
+        }
+    }
+}
+
+impl Pki {
+    fn run(self) -> Result<(), RunError> {
+        let now_ns = World::system().clock.wall_ns();
+        match self {
+            Self::Init { dir, name } => {
+                let authority = Authority::init(&dir, &name, now_ns)?;
+                let (certificate, key) = (authority.certificate(), authority.key());
+                print(&format!(
+                    "made {} (every host and controller needs a copy)\nmade {} (keep it here, and secret)\nnext: \
+                     millstream-agent pki issue --dir {} --role agent --name HOST --address ADDRESS\n",
+                    certificate.display(),
+                    key.display(),
+                    dir.display(),
+                ))
+            }
+            Self::Issue { dir, role, name, address, valid } => {
+                let valid = valid.unwrap_or(CERTIFICATE_LIFE);
+                let wanted = Wanted { role: role.into(), name, hosts: address, valid };
+                let issued = Authority::at(&dir).issue(&wanted, now_ns)?;
+                print(&format!(
+                    "made {}\nmade {} (secret)\n",
+                    issued.certificate.display(),
+                    issued.key.display()
+                ))?;
+                print(&pki::show(&issued.certificate, now_ns)?.to_string())
+            }
+            Self::Show { files } => {
+                for file in files {
+                    print(&pki::show(&file, now_ns)?.to_string())?;
+                }
+                Ok(())
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        CommandLine::command().debug_assert();
+    }
+}

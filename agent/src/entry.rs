@@ -260,7 +260,22 @@ pub fn dispatch_with(block: Option<Hook>) -> Option<ExitCode> {
     let hook: Option<Hook> = match role {
         Role::Supervisor => Some(crate::supervisor::main),
         Role::Shim => Some(crate::supervisor::shim::main),
-        Role::Sync | Role::Child => None,
+        Role::Sync => Some(millstream_common::sync_client::command::main),
+        Role::Child => {
+            // As this process was started, so can others be.
+            let again = env::current_exe().map(|program| Relaunch {
+                program,
+                arguments: env::args_os().skip(1).collect(),
+                moved_output: moved,
+            });
+            return Some(match again {
+                Ok(again) => crate::child::main(arguments, again),
+                Err(error) => {
+                    complain(&format!("this program's own path cannot be found: {error}"));
+                    ExitCode::from(EXIT_UNUSABLE)
+                }
+            });
+        }
         Role::Block => block,
     };
     let Some(hook) = hook else {

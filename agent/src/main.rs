@@ -1,5 +1,13 @@
 //! The `millstream-agent` program: arguments, tracing, run, exit code.
 
-fn main() -> std::process::ExitCode {
-    millstream_agent::entry::dispatch().unwrap_or_default()
+use std::process::ExitCode;
+
+use millstream_agent::{cli, entry};
+
+fn main() -> ExitCode {
+    // Started again in another role, such as supervisor or in-block command: nothing else happens in this process.
+    if let Some(code) = entry::dispatch() {
+        return code;
+    }
+    cli::run()
 }

@@ -159,6 +159,11 @@ pub enum Event {
         /// The session.
         session_id: SessionId,
     },
+    /// The supervisor of a session is gone without having been told to: nothing of the session runs any more.
+    SupervisorDied {
+        /// The session.
+        session_id: SessionId,
+    },
     /// A session is being closed: from now on nothing of it may change.
     Closing {
         /// The session.
@@ -290,6 +295,9 @@ pub enum KeyRefusal {
         /// The lease.
         lease: Duration,
     },
+    /// Its supervisor died, and its tasks with it.
+    #[error("session lost: its supervisor died, and what ran was ended; open another")]
+    Lost,
     /// The controller has come back on another connection since.
     #[error(
         "session epoch superseded: the call has epoch {given}, the session {newest}; use the newest, or open another session"
@@ -344,6 +352,8 @@ pub struct Session {
     pub stage: Stage,
     /// Connections that hold it.
     pub connections: u32,
+    /// Whether it is over because its supervisor died.
+    lost: bool,
 }
 
 impl Session {
@@ -398,6 +408,12 @@ impl Sessions {
             Event::Kept { session_id } => self.keep(session_id, now),
             Event::LeaseExpired { session_id } => self.expire(session_id),
             Event::Settled { session_id } => self.settle(session_id),
+            Event::SupervisorDied { session_id } => {
+                if let Some(session) = self.sessions.get_mut(&session_id) {
+                    session.stage = Stage::Settled;
+                    session.lost = true;
+                }
+            }
             Event::Closing { session_id } => {
                 // One that has settled stands in nobody's way and must not come to.
                 let session = self.sessions.get_mut(&session_id);
@@ -452,6 +468,7 @@ impl Sessions {
         if over && access == Access::Change {
             return Err(match session.stage {
                 Stage::Closing => KeyRefusal::Ended,
+                Stage::Settled if session.lost => KeyRefusal::Lost,
                 Stage::Open | Stage::Expired | Stage::Settled => KeyRefusal::Expired { lease: session.lease },
             });
         }
@@ -628,6 +645,7 @@ impl Sessions {
             since: now,
             stage: Stage::Open,
             connections: 0,
+            lost: false,
         };
         self.sessions.insert(found.session_id, session);
     }
@@ -680,6 +698,7 @@ impl Session {
             since: now,
             stage: Stage::Open,
             connections: 0,
+            lost: false,
         }
     }
 }

@@ -13,6 +13,7 @@ pub mod limits;
 pub mod log;
 pub mod outcome;
 pub mod pipe;
+pub mod protocol;
 pub mod spec;
 pub mod sync_client;
 pub mod text;

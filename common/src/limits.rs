@@ -81,12 +81,14 @@ pub const HTTP2_PENDING_RESETS_MAX: usize = 20;
 pub const HTTP2_HEADERS_BYTES_MAX: u32 = 16 * 1024;
 /// How often a silent connection is asked whether it lives, and how long it may think about it.
 pub const KEEPALIVE: Duration = Duration::from_secs(5);
-/// From accepting a connection to the end of its TLS handshake.
+/// From accepting a connection to the end of its TLS handshake and the beginning of HTTP/2 on it.
 pub const HANDSHAKE_MAX: Duration = Duration::from_secs(5);
-/// From a finished handshake to the first complete HTTP/2 preface.
-pub const PREFACE_MAX: Duration = Duration::from_secs(5);
 /// Connections of one agent that have not finished their handshake.
 pub const HANDSHAKES_COUNT_MAX: usize = 64;
+/// Of these, from one address: a slow one must not keep the others out.
+pub const HANDSHAKES_PER_ADDRESS_MAX: usize = 32;
+/// How long what was sent may stay unacknowledged before the kernel gives a connection up.
+pub const TCP_SILENCE_MAX: Duration = Duration::from_secs(10);
 /// Connections of one agent.
 pub const CONNECTIONS_COUNT_MAX: usize = 1_024;
 /// Connections of one agent from one address.

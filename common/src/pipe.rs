@@ -7,12 +7,15 @@
 
 use std::{
     error::Error,
-    fmt, io,
+    fmt,
+    io::{self, IoSlice},
+    pin::Pin,
     sync::{Arc, Mutex, PoisonError},
+    task::{Context, Poll},
 };
 
 use hyper_util::rt::TokioIo;
-use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tonic::transport::{Channel, Endpoint, Server, Uri};
 
 use crate::{limits, tls};
@@ -47,8 +50,89 @@ pub enum ConnectError {
 /// A dial that was used up: one channel is one pipe, and a lost pipe is for the link above to replace, with its own
 /// pauses and its own resumption. Otherwise the library would dial for ever behind everybody's back.
 #[derive(Debug, thiserror::Error)]
-#[error("the connection is gone")]
-struct UsedUp;
+#[error("{}", why.as_deref().unwrap_or("the connection is gone"))]
+struct UsedUp {
+    /// What the pipe said when it broke.
+    why: Option<String>,
+}
+
+/// The last words of a pipe. The library drops them when a pipe breaks before the first answer, which is when they matter:
+/// an agent that refuses a certificate says so there.
+#[derive(Debug, Clone, Default)]
+struct LastWords(Arc<Mutex<Option<String>>>);
+
+impl LastWords {
+    fn hear(&self, error: &io::Error) {
+        let mut words = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        // A write may fail before the reason has been read: what TLS says later is worth more.
+        if words.is_none() || error.get_ref().is_some() {
+            *words = Some(tls::reason(error));
+        }
+    }
+
+    fn get(&self) -> Option<String> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+/// A pipe whose last words are heard.
+struct Heard {
+    pipe: BoxedPipe,
+    words: LastWords,
+}
+
+impl Heard {
+    fn hear<T>(&self, result: Poll<io::Result<T>>) -> Poll<io::Result<T>> {
+        if let Poll::Ready(Err(error)) = &result {
+            self.words.hear(error);
+        }
+        result
+    }
+}
+
+impl AsyncRead for Heard {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let result = Pin::new(&mut self.pipe).poll_read(context, buffer);
+        self.hear(result)
+    }
+}
+
+impl AsyncWrite for Heard {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        let result = Pin::new(&mut self.pipe).poll_write(context, bytes);
+        self.hear(result)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let result = Pin::new(&mut self.pipe).poll_flush(context);
+        self.hear(result)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.pipe).poll_shutdown(context)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        slices: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        let result = Pin::new(&mut self.pipe).poll_write_vectored(context, slices);
+        self.hear(result)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.pipe.is_write_vectored()
+    }
+}
 
 /// Makes a channel over the one pipe that `dial` gives, with this system's HTTP/2 settings. When that pipe ends, calls
 /// fail as unavailable and the channel never dials again.
@@ -65,10 +149,14 @@ where
 {
     // Dialled here and not inside the connector: the caller learns the real error, not one that was wrapped three times.
     let pipe = dial().await.map_err(|source| ConnectError::Dial { source })?;
-    let once = Arc::new(Mutex::new(Some(pipe)));
+    let words = LastWords::default();
+    let once = Arc::new(Mutex::new(Some(Heard { pipe, words: words.clone() })));
     let connector = tower::service_fn(move |_: Uri| {
         let pipe = once.lock().unwrap_or_else(PoisonError::into_inner).take();
-        async move { pipe.map(TokioIo::new).ok_or_else(|| io::Error::new(io::ErrorKind::NotConnected, UsedUp)) }
+        let why = words.get();
+        async move {
+            pipe.map(TokioIo::new).ok_or_else(|| io::Error::new(io::ErrorKind::NotConnected, UsedUp { why }))
+        }
     });
     endpoint().connect_with_connector(connector).await.map_err(|source| ConnectError::Begin { source })
 }
@@ -174,7 +262,7 @@ mod tests {
 
     #[test]
     fn what_an_io_error_carries_is_found() {
-        let error = io::Error::other(io::Error::other(UsedUp));
+        let error = io::Error::other(io::Error::other(UsedUp { why: None }));
         assert_eq!(innermost(&error).to_string(), "the connection is gone");
     }
 }

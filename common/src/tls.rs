@@ -443,6 +443,10 @@ pub fn reason(error: &(dyn Error + 'static)) -> String {
     if let Some(explained) = text.split("received fatal alert: ").nth(1).and_then(alert_reason) {
         return explained.to_owned();
     }
+    // What the answer of a TLS port looks like to HTTP/2.
+    if text.contains("frame with invalid size") {
+        return "the other end does not speak HTTP/2 without TLS: use `tls://`".to_owned();
+    }
     system_words(&text)
 }
 

@@ -1,0 +1,415 @@
+//! The whole agent behind one pipe: door, supervisor inside, real processes.
+
+use std::{collections::BTreeMap, path::Path, time::Duration};
+
+use millstream_common::{
+    clock::{Ids as _, SystemIds, World},
+    convert,
+    pipe::{BoxedPipe, endpoint_channel},
+    tls::{Identity, Role},
+};
+use millstream_proto::v1::{
+    self, agent_service_client::AgentServiceClient, task_event::Event as TaskEventKind,
+};
+use tokio::{
+    io::duplex,
+    sync::{mpsc, oneshot},
+    time::timeout,
+};
+use tokio_util::sync::CancellationToken;
+use tonic::{Code, transport::Channel};
+
+use super::{Connection, Door, DoorConfig, DoorError, identity::Caller};
+use crate::entry::tests::this_test_binary;
+
+/// No step takes longer on a loaded machine.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+struct Agent {
+    connections: mpsc::Sender<Connection>,
+    shutdown: CancellationToken,
+    serving: tokio::task::JoinHandle<Result<(), DoorError>>,
+}
+
+fn config(state: &Path, inside: bool) -> DoorConfig {
+    DoorConfig {
+        state: state.to_owned(),
+        relaunch: this_test_binary(),
+        base_environment: vec![("PATH".to_owned(), std::env::var("PATH").unwrap())],
+        supervisors_inside: inside,
+    }
+}
+
+impl Agent {
+    async fn start(state: &Path, inside: bool) -> Self {
+        let door = Door::open(config(state, inside), World::system()).await.unwrap();
+        let shutdown = CancellationToken::new();
+        let (give, connections) = oneshot::channel();
+        let serving = tokio::spawn(door.serve(
+            Vec::new(),
+            move |connections| give.send(connections).unwrap(),
+            shutdown.clone(),
+        ));
+        Self { connections: connections.await.unwrap(), shutdown, serving }
+    }
+
+    async fn client(&self, caller: Caller) -> AgentServiceClient<Channel> {
+        let (near, far) = duplex(256 * 1024);
+        self.connections.send(Connection::from_pipe(Box::new(far), caller)).await.unwrap();
+        let channel = endpoint_channel(|| async { Ok(Box::new(near) as BoxedPipe) }).await.unwrap();
+        AgentServiceClient::new(channel)
+    }
+
+    async fn controller(&self) -> Controller {
+        let identity = Identity::new(Role::Controller, "alice").unwrap();
+        let client = self.client(Caller::Certified(identity)).await;
+        Controller { client, key: v1::SessionKey::default() }
+    }
+
+    async fn end(self) {
+        self.shutdown.cancel();
+        self.serving.await.unwrap().unwrap();
+    }
+}
+
+struct Controller {
+    client: AgentServiceClient<Channel>,
+    key: v1::SessionKey,
+}
+
+fn opening() -> v1::OpenSessionRequest {
+    v1::OpenSessionRequest {
+        session_id: SystemIds.session_id().to_string(),
+        secret: SystemIds.token(),
+        protocol_min: 1,
+        protocol_max: 1,
+        client: "a test".to_owned(),
+        ..v1::OpenSessionRequest::default()
+    }
+}
+
+fn spec(number: u32, script: &str) -> v1::TaskSpec {
+    let argv = ["sh", "-c", script].map(str::to_owned).into();
+    v1::TaskSpec {
+        stream: "s".to_owned(),
+        name: "b".to_owned(),
+        stream_number: number,
+        test_number: number,
+        phases: vec![v1::PhaseSpec { phase: v1::Phase::Run.into(), argv, ..v1::PhaseSpec::default() }],
+        expectation: v1::Expectation::Pass.into(),
+        failure_policy: v1::FailurePolicy::Continue.into(),
+        ..v1::TaskSpec::default()
+    }
+}
+
+impl Controller {
+    async fn open(&mut self, request: v1::OpenSessionRequest) -> v1::OpenSessionResponse {
+        let opened = self.client.open_session(request.clone()).await.unwrap().into_inner();
+        self.key =
+            v1::SessionKey { session_id: request.session_id, epoch: opened.epoch, secret: request.secret };
+        opened
+    }
+
+    fn start_request(&self, spec: v1::TaskSpec) -> v1::StartTaskRequest {
+        v1::StartTaskRequest {
+            session: Some(self.key.clone()),
+            task_id: SystemIds.task_id().to_string(),
+            spec_sha256: convert::spec_sha256(&spec),
+            previous_number: spec.stream_number - 1,
+            spec: Some(spec),
+            secret_files: Vec::new(),
+        }
+    }
+
+    async fn start(&mut self, spec: v1::TaskSpec) -> String {
+        let request = self.start_request(spec);
+        let task = request.task_id.clone();
+        let answer = self.client.start_task(request).await.unwrap().into_inner();
+        assert!(answer.accepted_by_this_call);
+        task
+    }
+
+    async fn watch(&mut self, task_id: &str, position: u64) -> tonic::Streaming<v1::WatchTaskResponse> {
+        let request = v1::WatchTaskRequest {
+            session: Some(self.key.clone()),
+            task_id: task_id.to_owned(),
+            position,
+            known: Vec::new(),
+        };
+        self.client.watch_task(request).await.unwrap().into_inner()
+    }
+
+    /// Reads events until this many tasks have ended.
+    async fn ends(&mut self, task_id: &str, count: usize) -> Seen {
+        let mut events = self.watch(task_id, 0).await;
+        let mut seen = Seen::default();
+        while seen.ends.len() < count {
+            let message = timeout(PATIENCE, events.message()).await.unwrap().unwrap().unwrap();
+            seen.take(message);
+        }
+        seen
+    }
+
+    async fn close(&mut self) -> Vec<String> {
+        let request = v1::CloseSessionRequest { session: Some(self.key.clone()) };
+        self.client.close_session(request).await.unwrap().into_inner().survivors
+    }
+}
+
+#[derive(Default)]
+struct Seen {
+    output: BTreeMap<String, Vec<u8>>,
+    continues: BTreeMap<String, u64>,
+    ends: BTreeMap<String, v1::TaskEnd>,
+    order: Vec<String>,
+}
+
+impl Seen {
+    fn take(&mut self, message: v1::WatchTaskResponse) {
+        for event in message.events {
+            assert!(!self.ends.contains_key(&event.task_id), "something came after the end");
+            match event.event.unwrap() {
+                TaskEventKind::Log(chunk) => {
+                    let output = self.output.entry(event.task_id).or_default();
+                    let stdout = chunk.records.iter().filter(|r| r.channel() == v1::LogChannel::Stdout);
+                    stdout.for_each(|record| output.extend_from_slice(&record.data));
+                }
+                TaskEventKind::LogContinues(continues) => {
+                    self.continues.insert(event.task_id, continues.position);
+                }
+                TaskEventKind::End(end) => {
+                    self.order.push(event.task_id.clone());
+                    self.ends.insert(event.task_id, end);
+                }
+                TaskEventKind::Progress(_) => {}
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_task_runs_its_output_comes_before_its_end_and_closing_leaves_nothing() {
+    let state = tempfile::tempdir().unwrap();
+    let agent = Agent::start(state.path(), true).await;
+    let mut controller = agent.controller().await;
+    controller.open(opening()).await;
+    let task = controller.start(spec(1, "echo hello; echo kept > \"$MILLSTREAM_OUTPUT/file\"; exit 3")).await;
+    let seen = controller.ends("", 1).await;
+    let end = &seen.ends[&task];
+    assert_eq!((end.outcome(), end.exit_code), (v1::OutcomeKind::Failed, Some(3)), "{end:?}");
+    assert_eq!(seen.output[&task], b"hello\n");
+    assert!(!end.archive.as_ref().unwrap().inline.is_empty(), "small results ride with the end");
+    assert_eq!(controller.close().await, [] as [&str; 0]);
+    assert_eq!(std::fs::read_dir(state.path().join("sessions")).unwrap().count(), 0);
+    // Closing again succeeds: nothing of it is here.
+    assert_eq!(controller.close().await, [] as [&str; 0]);
+    agent.end().await;
+}
+
+#[tokio::test]
+async fn a_long_log_continues_on_a_stream_of_its_own_and_resumes_anywhere() {
+    let state = tempfile::tempdir().unwrap();
+    let agent = Agent::start(state.path(), true).await;
+    let mut controller = agent.controller().await;
+    controller.open(opening()).await;
+    let task = controller.start(spec(1, "seq 1 400000")).await;
+    let expected: String = (1..=400_000).map(|n| format!("{n}\n")).collect();
+    let seen = controller.ends("", 1).await;
+    let inline = seen.output.get(&task).map_or(0, Vec::len);
+    assert!(inline <= 64 * 1024 && seen.continues.contains_key(&task), "{inline} bytes");
+    let whole = controller.ends(&task, 1).await;
+    assert!(whole.output[&task] == expected.as_bytes(), "{} bytes", whole.output[&task].len());
+    // From where the short stream stopped.
+    let mut rest = Seen::default();
+    let mut events = controller.watch(&task, seen.continues[&task]).await;
+    while let Some(message) = timeout(PATIENCE, events.message()).await.unwrap().unwrap() {
+        rest.take(message);
+    }
+    assert!(rest.output[&task] == expected.as_bytes()[inline..]);
+    controller.close().await;
+    agent.end().await;
+}
+
+#[tokio::test]
+async fn a_start_that_is_repeated_starts_nothing_and_another_spec_is_refused() {
+    let state = tempfile::tempdir().unwrap();
+    let agent = Agent::start(state.path(), true).await;
+    let mut controller = agent.controller().await;
+    controller.open(opening()).await;
+    let request = controller.start_request(spec(1, "echo once"));
+    assert!(controller.client.start_task(request.clone()).await.unwrap().into_inner().accepted_by_this_call);
+    assert!(!controller.client.start_task(request.clone()).await.unwrap().into_inner().accepted_by_this_call);
+    let mut other = controller.start_request(spec(1, "echo twice"));
+    other.task_id = request.task_id.clone();
+    assert_eq!(controller.client.start_task(other).await.unwrap_err().code(), Code::AlreadyExists);
+    let mut forged = controller.start_request(spec(2, "true"));
+    forged.spec_sha256 = "0".repeat(64);
+    let refused = controller.client.start_task(forged).await.unwrap_err();
+    assert!(refused.code() == Code::InvalidArgument && refused.message().starts_with("spec_sha256:"));
+    let seen = controller.ends(&request.task_id, 1).await;
+    assert_eq!(seen.output[&request.task_id], b"once\n");
+    controller.close().await;
+    agent.end().await;
+}
+
+#[tokio::test]
+async fn who_may_do_what_is_decided_before_anything_is_done() {
+    let state = tempfile::tempdir().unwrap();
+    let agent = Agent::start(state.path(), true).await;
+    let certified = |role, name| Caller::Certified(Identity::new(role, name).unwrap());
+    let mut operator = agent.client(certified(Role::Operator, "olga")).await;
+    assert!(operator.get_status(v1::GetStatusRequest {}).await.is_ok());
+    assert_eq!(operator.open_session(opening()).await.unwrap_err().code(), Code::PermissionDenied);
+    let mut stolen = agent.client(certified(Role::Agent, "h1")).await;
+    assert_eq!(stolen.get_status(v1::GetStatusRequest {}).await.unwrap_err().code(), Code::PermissionDenied);
+    let mut controller = agent.controller().await;
+    controller.open(opening()).await;
+    let mut other = agent.client(certified(Role::Controller, "bob")).await;
+    let theft = v1::KeepSessionRequest { session: Some(controller.key.clone()) };
+    assert_eq!(other.keep_session(theft.clone()).await.unwrap_err().code(), Code::PermissionDenied);
+    assert!(controller.client.keep_session(theft).await.is_ok());
+    controller.close().await;
+    agent.end().await;
+}
+
+#[tokio::test]
+async fn coming_back_needs_the_secret_and_makes_the_older_epoch_worthless() {
+    let state = tempfile::tempdir().unwrap();
+    let agent = Agent::start(state.path(), true).await;
+    let mut controller = agent.controller().await;
+    let request = opening();
+    controller.open(request.clone()).await;
+    let old = controller.key.clone();
+    let again = controller.open(v1::OpenSessionRequest { resume: true, ..request }).await;
+    assert!(again.resumed && again.epoch > old.epoch);
+    let late = v1::KeepSessionRequest { session: Some(old) };
+    let refused = controller.client.keep_session(late).await.unwrap_err();
+    assert!(refused.message().contains("epoch superseded"), "{refused:?}");
+    let newer = v1::OpenSessionRequest { protocol_min: 7, protocol_max: 9, ..opening() };
+    let refused = controller.client.open_session(newer).await.unwrap_err();
+    assert!(refused.message().ends_with("update the agent"), "{refused:?}");
+    controller.close().await;
+    agent.end().await;
+}
+
+/// An agent that can crash: it has a runtime of its own, which is taken from under it.
+async fn start_to_crash(state: &Path) -> (Agent, tokio::runtime::Runtime) {
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+    let state = state.to_owned();
+    let agent = runtime.spawn(async move { Agent::start(&state, false).await }).await.unwrap();
+    (agent, runtime)
+}
+
+#[tokio::test]
+async fn a_task_does_not_notice_that_the_agent_was_killed() {
+    let state = tempfile::tempdir().unwrap();
+    let fifo = state.path().join("go");
+    rustix::fs::mkfifoat(rustix::fs::CWD, &fifo, rustix::fs::Mode::from_raw_mode(0o600)).unwrap();
+    let (agent, runtime) = start_to_crash(state.path()).await;
+    let mut controller = agent.controller().await;
+    let request = opening();
+    controller.open(request.clone()).await;
+    // Runs until somebody writes.
+    let task = controller
+        .start(spec(1, &format!("echo before; read line < '{}'; echo $line", fifo.display())))
+        .await;
+    let mut events = controller.watch(&task, 0).await;
+    let mut seen = Seen::default();
+    while seen.output.get(&task).is_none_or(|output| output != b"before\n") {
+        seen.take(timeout(PATIENCE, events.message()).await.unwrap().unwrap().unwrap());
+    }
+    drop((events, controller));
+    tokio::task::spawn_blocking(move || runtime.shutdown_timeout(PATIENCE)).await.unwrap();
+    drop(agent);
+
+    let agent = Agent::start(state.path(), false).await;
+    let mut controller = agent.controller().await;
+    let again = controller.open(v1::OpenSessionRequest { resume: true, ..request }).await;
+    assert!(again.resumed);
+    assert_eq!(again.known_tasks.len(), 1);
+    assert_eq!(again.known_tasks[0].state(), v1::TaskState::Running);
+    let path = fifo.clone();
+    tokio::task::spawn_blocking(move || std::fs::write(path, "after\n")).await.unwrap().unwrap();
+    let seen = controller.ends(&task, 1).await;
+    assert_eq!(seen.output[&task], b"before\nafter\n");
+    assert_eq!(seen.ends[&task].outcome(), v1::OutcomeKind::Passed);
+    assert_eq!(controller.close().await, [] as [&str; 0]);
+    agent.end().await;
+}
+
+#[tokio::test]
+async fn a_supervisor_that_dies_takes_its_tasks_along_and_they_are_reported_as_lost() {
+    let state = tempfile::tempdir().unwrap();
+    let agent = Agent::start(state.path(), false).await;
+    let mut controller = agent.controller().await;
+    controller.open(opening()).await;
+    let done = controller.start(spec(1, "echo done")).await;
+    let seen = controller.ends("", 1).await;
+    assert_eq!(seen.ends[&done].outcome(), v1::OutcomeKind::Passed);
+    let running = controller.start(spec(2, "echo $$; exec tail -f /dev/null")).await;
+    let mut events = controller.watch(&running, 0).await;
+    let mut seen = Seen::default();
+    while seen.output.get(&running).is_none_or(|output| !output.ends_with(b"\n")) {
+        seen.take(timeout(PATIENCE, events.message()).await.unwrap().unwrap().unwrap());
+    }
+    let pid: i32 = String::from_utf8_lossy(&seen.output[&running]).trim().parse().unwrap();
+    let status =
+        controller.client.get_status(v1::GetStatusRequest {}).await.unwrap().into_inner().status.unwrap();
+    let supervisor = i32::try_from(status.sessions[0].supervisor_pid).unwrap();
+    let supervisor = rustix::process::Pid::from_raw(supervisor).unwrap();
+    rustix::process::kill_process(supervisor, rustix::process::Signal::KILL).unwrap();
+    let seen = controller.ends("", 2).await;
+    assert_eq!(seen.ends[&done].outcome(), v1::OutcomeKind::Passed, "a record that is there stays");
+    let lost = &seen.ends[&running];
+    assert_eq!(
+        (lost.outcome(), lost.reason()),
+        (v1::OutcomeKind::Lost, v1::Reason::SupervisorDied),
+        "{lost:?}"
+    );
+    assert_eq!(seen.output[&running], format!("{pid}\n").as_bytes(), "what was printed is there");
+    if status.capabilities.unwrap().containment == "cgroup-v2" {
+        let gone = rustix::process::test_kill_process(rustix::process::Pid::from_raw(pid).unwrap());
+        assert!(gone.is_err() || is_zombie(pid), "process {pid} still runs");
+    }
+    let refused = controller.client.start_task(controller.start_request(spec(3, "true"))).await.unwrap_err();
+    assert!(refused.message().contains("its supervisor died"), "{refused:?}");
+    assert_eq!(controller.close().await, [] as [&str; 0]);
+    agent.end().await;
+}
+
+/// Process 1 of a container may be slow to take note of orphans.
+fn is_zombie(pid: i32) -> bool {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    status.is_empty() || status.contains("State:\tZ") || status.contains("State:\tX")
+}
+
+#[tokio::test]
+async fn two_agents_do_not_share_a_state_directory() {
+    let state = tempfile::tempdir().unwrap();
+    let agent = Agent::start(state.path(), true).await;
+    let refused = Door::open(config(state.path(), true), World::system()).await.unwrap_err().to_string();
+    let lock = state.path().join("agent.lock");
+    assert!(
+        refused.contains(&format!("process {}", std::process::id()))
+            && refused.contains(&*lock.to_string_lossy()),
+        "{refused}"
+    );
+    agent.end().await;
+}
+
+#[tokio::test]
+async fn a_reserved_host_is_waited_for_and_given_on() {
+    let state = tempfile::tempdir().unwrap();
+    let agent = Agent::start(state.path(), true).await;
+    let mut first = agent.controller().await;
+    first.open(v1::OpenSessionRequest { exclusive: true, ..opening() }).await;
+    let mut second = agent.controller().await;
+    let waiting = async {
+        second.open(opening()).await;
+        second.close().await
+    };
+    let closing = async { first.close().await };
+    let (waited, closed) = tokio::join!(waiting, closing);
+    assert!(waited.is_empty() && closed.is_empty());
+    agent.end().await;
+}
