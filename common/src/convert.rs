@@ -243,8 +243,8 @@ fn wire<W: From<D> + Into<i32>, D>(value: D) -> i32 {
 #[must_use]
 pub fn timestamp(ns_since_1970: u64) -> prost_types::Timestamp {
     prost_types::Timestamp {
-        seconds: i64::try_from(ns_since_1970 / 1_000_000_000).expect("u64::MAX / 10^9 fits"),
-        nanos: i32::try_from(ns_since_1970 % 1_000_000_000).expect("less than 10^9"),
+        seconds: i64::try_from(ns_since_1970 / 1_000_000_000).unwrap_or(i64::MAX),
+        nanos: i32::try_from(ns_since_1970 % 1_000_000_000).unwrap_or(0),
     }
 }
 
@@ -262,7 +262,7 @@ pub fn timestamp_ns(timestamp: &prost_types::Timestamp) -> u64 {
 pub fn duration(span: Duration) -> prost_types::Duration {
     prost_types::Duration {
         seconds: i64::try_from(span.as_secs()).unwrap_or(i64::MAX),
-        nanos: i32::try_from(span.subsec_nanos()).expect("less than 10^9"),
+        nanos: i32::try_from(span.subsec_nanos()).unwrap_or(0),
     }
 }
 

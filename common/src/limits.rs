@@ -164,8 +164,8 @@ pub const BLOB_BYTES_MAX: u64 = 8 * GIB;
 pub const BLOBS_BYTES_MAX: u64 = 32 * GIB;
 /// How long a blob is kept without being used.
 pub const BLOB_AGE_MAX: Duration = Duration::from_secs(30 * 24 * 3600);
-/// How long a blob is kept at least after it was used or asked for: the task that needs it may still be on its way.
-pub const BLOB_AGE_MIN: Duration = Duration::from_secs(3600);
+/// How long a blob is kept at least after it was used or asked for: the task that needs it may still wait in a queue.
+pub const BLOB_AGE_MIN: Duration = Duration::from_secs(4 * 3600);
 /// Blobs asked for in one call.
 pub const BLOBS_COUNT_MAX: usize = 10_000;
 

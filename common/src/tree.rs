@@ -308,13 +308,31 @@ mod tests {
     }
 
     #[test]
+    #[ignore = "needs root, which alone can mount"]
+    fn mounts_are_detached_and_what_they_show_stays() {
+        let dir = tempfile::tempdir().unwrap();
+        let (tree, shown) = (dir.path().join("tree"), dir.path().join("shown"));
+        for path in [&tree.join("a/bind"), &tree.join("full"), &shown] {
+            fs::create_dir_all(path).unwrap();
+        }
+        fs::write(shown.join("kept"), "x").unwrap();
+        // A bind mount has the same device as its surroundings: only the number of the mount tells it apart.
+        rustix::mount::mount_bind(&shown, tree.join("a/bind")).unwrap();
+        let flags = rustix::mount::MountFlags::empty();
+        rustix::mount::mount("none", tree.join("full"), "tmpfs", flags, None::<&CStr>).unwrap();
+        fs::write(tree.join("full/file"), "x").unwrap();
+        remove_tree(&tree).unwrap();
+        assert!(!tree.exists() && shown.join("kept").exists());
+    }
+
+    #[test]
     fn directories_closed_to_their_owner_are_opened() {
         let dir = tempfile::tempdir().unwrap();
         let tree = dir.path().join("tree");
         fs::create_dir_all(tree.join("closed/inner")).unwrap();
         fs::write(tree.join("closed/inner/file"), "x").unwrap();
         fs::set_permissions(tree.join("closed/inner"), fs::Permissions::from_mode(0o500)).unwrap();
-        fs::set_permissions(tree.join("closed"), fs::Permissions::from_mode(0)).unwrap();
+        fs::set_permissions(tree.join("closed"), fs::Permissions::from_mode(0o000)).unwrap();
         remove_tree(&tree).unwrap();
         assert!(!tree.exists());
     }

@@ -321,12 +321,12 @@ pub(crate) fn create_file(
 fn is_untouched(stat: &Stat) -> bool {
     FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile
         && stat.st_mtime == UNTOUCHED.tv_sec
-        && u64::try_from(stat.st_mtime_nsec).is_ok_and(|nanos| nanos == 0)
+        && stat.st_mtime_nsec == 0
 }
 
 fn used_ns(stat: &Stat) -> u64 {
     let seconds = u64::try_from(stat.st_atime).unwrap_or(0);
-    seconds.saturating_mul(1_000_000_000).saturating_add(u64::try_from(stat.st_atime_nsec).unwrap_or(0))
+    seconds.saturating_mul(1_000_000_000).saturating_add(stat.st_atime_nsec)
 }
 
 fn size_of(stat: &Stat) -> u64 {
@@ -492,7 +492,7 @@ mod tests {
     fn what_is_old_or_too_much_goes_and_what_is_fresh_stays() {
         let (dir, blobs) = store();
         let digests: Vec<BlobDigest> = (0..4_u8).map(|number| put(&blobs, &[number; 100])).collect();
-        let now_s = 4_000_000_000;
+        let now_s: i64 = 4_000_000_000;
         let ages = [
             limits::BLOB_AGE_MAX.as_secs() + 1,
             2 * 3600 + limits::BLOB_AGE_MIN.as_secs(),
@@ -507,7 +507,7 @@ mod tests {
             let path = dir.path().join("blobs").join(digest.to_string());
             utimensat(CWD, path, &times, AtFlags::empty()).unwrap();
         }
-        let evicted = blobs.evict(200, now_s as u64 * 1_000_000_000).unwrap();
+        let evicted = blobs.evict(200, now_s.unsigned_abs() * 1_000_000_000).unwrap();
         assert_eq!(evicted, Evicted { count: 2, bytes: 200, kept_bytes: 200 });
         assert_eq!(blobs.missing(&digests), digests[..2]);
         assert_eq!(blobs.evict(0, 0).unwrap().count, 0, "what was used just now stays, however full it is");

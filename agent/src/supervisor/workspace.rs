@@ -180,6 +180,8 @@ impl Workspace {
             working_directory: PathBuf::new(),
             variables: variables(task_dir, spec, secret_files),
         };
+        // Before anything can be cleared again: a directory that is there already belongs to somebody else.
+        make_directory(&workspace.work, 0o755, owner)?;
         match workspace.fill(spec, secret_files, blobs, owner) {
             Ok(()) => Ok(workspace),
             Err(error) => {
@@ -198,7 +200,6 @@ impl Workspace {
         blobs: &Blobs,
         owner: Option<Owner>,
     ) -> Result<(), WorkspaceError> {
-        make_directory(&self.work, 0o755, owner)?;
         make_directory(&self.output, 0o755, owner)?;
         if self.has_private {
             make_directory(&self.private, 0o700, owner)?;

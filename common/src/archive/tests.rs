@@ -169,6 +169,23 @@ fn what_cannot_travel_is_left_out_by_name() {
 }
 
 #[test]
+#[ignore = "needs root, which alone can mount"]
+fn mounts_are_not_entered() {
+    let task = Task::new();
+    let shown = task.dir.path().join("shown");
+    fs::create_dir(&shown).unwrap();
+    fs::write(shown.join("secret"), "x").unwrap();
+    fs::create_dir(task.output().join("bind")).unwrap();
+    fs::write(task.output().join("file"), "x").unwrap();
+    rustix::mount::mount_bind(&shown, task.output().join("bind")).unwrap();
+    rustix::mount::mount_bind(shown.join("secret"), task.output().join("file")).unwrap();
+    let packed = task.pack().unwrap();
+    crate::tree::remove_tree(&task.output()).unwrap();
+    assert_eq!(packed.skipped, ["data/bind: on another file system", "data/file: on another file system"]);
+    assert!(shown.join("secret").exists());
+}
+
+#[test]
 fn an_output_directory_that_became_a_link_is_not_followed() {
     let task = Task::new();
     fs::remove_dir(task.output()).unwrap();

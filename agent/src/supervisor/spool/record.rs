@@ -131,52 +131,54 @@ impl SpoolReader {
         let ends_early = buffer.len() < wanted;
         let mut records = Vec::new();
         let mut at = 0;
-        while at < buffer.len() {
-            let here = position + length_u64(at);
-            // What does not fit ends the answer, unless the file says that there is nothing more to come.
-            let complete = |end: usize| -> io::Result<bool> {
-                match end <= buffer.len() {
-                    true => Ok(true),
-                    false if ends_early => Err(self.damage(here, "a record is cut off")),
-                    false if position + length_u64(end) > limit => {
-                        Err(self.damage(here, "a record goes beyond the end that was announced"))
-                    }
-                    false => Ok(false),
-                }
-            };
-            let data_at = at + RECORD_HEADER_BYTES;
-            if !complete(data_at)? {
-                break;
-            }
-            let header = buffer[at..data_at].first_chunk().expect("as long as a header");
-            let (record, expected) = RecordHeader::decode(header).map_err(|what| self.damage(here, what))?;
-            let end = data_at + record.length;
-            if !complete(end)? {
-                break;
-            }
-            if checksum(&buffer[at..at + RECORD_HEADER_BYTES - 4], &buffer[data_at..end]) != expected {
-                return Err(self.damage(here, "a record does not match its checksum"));
-            }
-            let data = buffer.slice(data_at..end);
-            let (data, skipped_bytes) = match (record.skipped, data.first_chunk()) {
-                (true, Some(count)) => (Bytes::new(), u64::from_le_bytes(*count)),
-                _ => (data, 0),
-            };
-            records.push(LogRecord {
-                channel: record.channel,
-                offset: record.offset,
-                read_time_ns: record.time_ns,
-                data,
-                skipped_bytes,
-            });
+        while let Some((record, end)) = self.record(&buffer, at, position, limit, ends_early)? {
+            records.push(record);
             at = end;
         }
-        if ends_early && at == buffer.len() && wanted > 0 {
-            return Err(
-                self.damage(position + length_u64(at), "the file ends before the end that was announced")
-            );
-        }
         Ok((records, position + length_u64(at)))
+    }
+
+    /// The record that begins `at` in the buffer, which was read from `position`, and where it ends; none when it does not
+    /// fit into the buffer and more of the file can be read.
+    fn record(
+        &self,
+        buffer: &Bytes,
+        at: usize,
+        position: u64,
+        limit: u64,
+        ends_early: bool,
+    ) -> io::Result<Option<(LogRecord, usize)>> {
+        let damage = |what| self.damage(position + length_u64(at), what);
+        let cut_off = |length: usize| match position + length_u64(at + length) > limit {
+            true => Err(damage("a record goes beyond the end that was announced")),
+            false => Ok(None),
+        };
+        if at == buffer.len() {
+            return match ends_early {
+                true => Err(damage("the file ends before the end that was announced")),
+                false => Ok(None),
+            };
+        }
+        if ends_early && buffer.len() - at < RECORD_HEADER_BYTES {
+            return Err(damage("a record is cut off"));
+        }
+        let Some(header) = buffer[at..].first_chunk() else { return cut_off(RECORD_HEADER_BYTES) };
+        let (record, expected) = RecordHeader::decode(header).map_err(damage)?;
+        let data_at = at + RECORD_HEADER_BYTES;
+        let end = data_at + record.length;
+        if end > buffer.len() {
+            return if ends_early { Err(damage("a record is cut off")) } else { cut_off(end - at) };
+        }
+        if checksum(&buffer[at..data_at - 4], &buffer[data_at..end]) != expected {
+            return Err(damage("a record does not match its checksum"));
+        }
+        let data = buffer.slice(data_at..end);
+        let (data, skipped_bytes) = match (record.skipped, data.first_chunk()) {
+            (true, Some(count)) => (Bytes::new(), u64::from_le_bytes(*count)),
+            _ => (data, 0),
+        };
+        let (channel, offset, read_time_ns) = (record.channel, record.offset, record.time_ns);
+        Ok(Some((LogRecord { channel, offset, read_time_ns, data, skipped_bytes }, end)))
     }
 
     fn read_bytes(&self, position: u64, wanted: usize) -> io::Result<Bytes> {

@@ -104,6 +104,15 @@ fn a_task_without_files_has_two_empty_directories_and_leaves_nothing() {
 }
 
 #[test]
+fn a_workspace_that_is_there_is_neither_used_nor_cleared() {
+    let host = Host::new();
+    let first = host.create(&spec(vec![inline("a")])).unwrap();
+    let error = host.create(&spec(Vec::new())).unwrap_err();
+    assert_eq!(error.reason(), Reason::StateCorrupt, "{error}");
+    assert!(first.work().join("a").exists());
+}
+
+#[test]
 fn files_of_every_source_are_put_in_place() {
     let host = Host::new();
     let digest = host.put(b"#!/bin/sh\necho tool\n");
