@@ -336,7 +336,7 @@ impl fmt::Debug for BlockContext {
 }
 
 /// Makes a call that holds its thread. A thread that drives a runtime must not: then another one is held.
-fn outside_of_runtimes<T: Send>(call: impl FnOnce() -> T + Send) -> T {
+pub(crate) fn outside_of_runtimes<T: Send>(call: impl FnOnce() -> T + Send) -> T {
     if tokio::runtime::Handle::try_current().is_err() {
         return call();
     }
@@ -364,4 +364,35 @@ fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T, ContextError> {
     let text =
         text.map_err(|source| ContextError::File { attempt: "read", path: path.to_owned(), source })?;
     serde_json::from_slice(&text).map_err(|source| ContextError::Json { path: path.to_owned(), source })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_call_that_holds_its_thread_does_not_hold_a_runtime() {
+        let runtime = || tokio::runtime::Builder::new_current_thread().build().unwrap();
+        let within = || outside_of_runtimes(|| runtime().block_on(async { 7 }));
+        assert_eq!(within(), 7);
+        assert_eq!(runtime().block_on(async { within() }), 7);
+    }
+
+    #[test]
+    fn what_was_published_is_had_as_it_was() {
+        fn had<T: DeserializeOwned>(text: &str) -> Result<T, String> {
+            let content = Content::Text(text.to_owned());
+            let value = TopicValue { index: 3, content, publisher: "server/1-netserver".to_owned() };
+            read_value("port", value).map_err(|error| error.to_string())
+        }
+        assert_eq!(had::<u16>("5201"), Ok(5201));
+        assert_eq!(had::<String>("5201").as_deref(), Ok("5201"));
+        assert_eq!(had::<String>("\"quoted\"").as_deref(), Ok("\"quoted\""));
+        assert_eq!(had::<Vec<u8>>("[1,2]"), Ok(vec![1, 2]));
+        let refused = had::<u16>("x").unwrap_err();
+        assert_eq!(
+            refused,
+            "value 3 of topic `port`, published by server/1-netserver, cannot be read as `u16`"
+        );
+    }
 }

@@ -21,7 +21,7 @@ use crate::{
         function::{Arguments, Function},
         payload::ARGUMENTS_VARIABLE,
     },
-    context::BlockContext,
+    context::{BlockContext, outside_of_runtimes},
 };
 
 /// Lets a test binary be its own agent and the payload of its own Rust blocks. Write it once, at the top of the file.
@@ -65,7 +65,10 @@ static ENTERED: AtomicBool = AtomicBool::new(false);
 /// the process.
 pub fn enter() {
     ENTERED.store(true, Ordering::Relaxed);
-    dispatch_and_exit(Some(run_block));
+    if std::env::var_os(ROLE_VARIABLE).is_some() {
+        // A `main` may be asynchronous; what runs here starts a runtime of its own.
+        outside_of_runtimes(|| dispatch_and_exit(Some(run_block)));
+    }
 }
 
 /// What the hidden test of [`entry!`](crate::entry) does.
