@@ -27,7 +27,7 @@
 //!     streams.wait().await?; // every unexpected end of any task, one failure for each cause
 //!     Ok(streams.close().await?)
 //! }
-//! # two_streams_meet()
+//! # fn main() -> millstream::Result<()> { two_streams_meet() }
 //! ```
 //!
 //! Where streams run is data: `MILLSTREAM_STREAMS=server=tls://foo.example.com,client=local` moves the test above to
