@@ -210,6 +210,7 @@ pub async fn run(
 
     // Who closed the session is answered when the host is clean.
     let remains = session.remains();
+    remains.end_group().await;
     if let Err(error) = tokio::task::spawn_blocking(move || remains.remove()).await {
         warn!(%error, "what belongs to the tasks was not removed");
     }

@@ -712,14 +712,31 @@ pub(super) struct Remains {
 }
 
 impl Remains {
-    /// Removes what belongs to the tasks; the rest of the directory is the door's. Blocking.
-    pub(super) fn remove(self) {
-        if let Some(path) = self.group
-            && let Ok(group) = Group::open(path)
-            && let Err(error) = group.kill().and_then(|()| group.remove())
-        {
+    /// Ends and removes the session's control group with whoever is left in it.
+    pub(super) async fn end_group(&self) {
+        let Some(Ok(group)) = self.group.clone().map(Group::open) else { return };
+        if !group.remove_if_empty() {
+            Self::end_inhabited(&group).await;
+        }
+        // Shared with other sessions: it goes with the last one.
+        if let Some(parent) = group.path().parent() {
+            let _others: io::Result<()> = fs::remove_dir(parent);
+        }
+    }
+
+    async fn end_inhabited(group: &Group) {
+        let ending = async {
+            group.kill()?;
+            group.wait_until_empty(limits::KILL_MAX).await?;
+            group.remove()
+        };
+        if let Err(error) = ending.await {
             warn!(%error, "the control group of the session is left behind");
         }
+    }
+
+    /// Removes what belongs to the tasks; the rest of the directory is the door's. Blocking.
+    pub(super) fn remove(self) {
         for name in ["tasks", "sync", "bin"] {
             let directory = self.session_dir.join(name);
             if let Err(error) = workspace::remove_task(&directory) {

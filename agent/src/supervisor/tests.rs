@@ -685,3 +685,46 @@ async fn a_block_of_another_user_reaches_its_directories() {
     assert_eq!(fixture.log(task, LogChannel::Stdout), format!("nobody\n{} nobody\n", home.display()));
     fixture.close().await;
 }
+
+/// Not a test: prints what one `true` costs, alone and in a row. Worth something in a release build on a quiet host.
+#[tokio::test]
+#[ignore = "a measurement"]
+async fn measure_true() {
+    let rounds = 500_u32;
+    let mut fixture = Fixture::new(containments()[0]).await;
+    let block = exec(&["/bin/true"]);
+    let mut spans = Vec::new();
+    for _ in 0..rounds {
+        let begun = fixture.world.clock.now();
+        let task = fixture.start(&block).await;
+        fixture.end_of(task).await;
+        spans.push(fixture.world.clock.now() - begun);
+        let released = fixture.ask(Ask::Release(ReleaseTasks { task_ids: vec![task.to_string()] })).await;
+        assert_eq!(released.code, 0);
+    }
+    spans.sort();
+    let begun = fixture.world.clock.now();
+    let mut tasks = Vec::new();
+    for _ in 0..rounds {
+        tasks.push(fixture.start(&block).await);
+    }
+    for task in tasks {
+        fixture.end_of(task).await;
+    }
+    let row = fixture.world.clock.now() - begun;
+    let mut direct = Vec::new();
+    for _ in 0..rounds {
+        let begun = fixture.world.clock.now();
+        assert!(Command::new("/bin/true").status().unwrap().success());
+        direct.push(fixture.world.clock.now() - begun);
+    }
+    direct.sort();
+    let middle = spans.len() / 2;
+    println!(
+        "alone {:?}, in a row {:?} each, std::process {:?}",
+        spans[middle],
+        row / rounds,
+        direct[middle]
+    );
+    fixture.close().await;
+}
