@@ -376,13 +376,15 @@ impl Attendant {
         if index == 0 && !held {
             self.mark_started()?;
         }
-        self.drain_now();
+        if index > 0 {
+            // What the phase before has left in the pipes belongs before the mark of this one.
+            self.drain_now();
+        }
         let wall_ns = self.around.world.clock.wall_ns();
         if let Some(spool) = &mut *locked(&self.spool) {
             // What could not be written is on the spool's own record.
             let _noted: io::Result<u64> = spool.mark(phase.phase, wall_ns);
         }
-        self.around.grown.note(self.task);
         let staged = self.staged.as_mut().expect("a phase is ordered only of a task that was prepared");
         let launch = Launch {
             argv: phase.argv.clone(),

@@ -48,6 +48,8 @@ use super::{
     workspace,
 };
 
+/// How long a state is kept from the door that a task usually leaves at once: a small task is told in one piece.
+const PASSING: Duration = Duration::from_millis(5);
 /// Survivors that are named when a session is closed.
 const SURVIVORS_NAMED_MAX: usize = 64;
 
@@ -64,6 +66,12 @@ pub(super) struct Session {
     /// What the door is told next, oldest first.
     replies: VecDeque<SupervisorFrame>,
     changed: BTreeSet<TaskId>,
+    /// Tasks whose state changed on the way to another: told a little later, unless they are told with more before.
+    passing: BTreeSet<TaskId>,
+    /// When those are told.
+    passing_told_at: Option<Instant>,
+    /// Moments at which time alone changes something in a task.
+    deadlines: BTreeMap<TaskId, Instant>,
     has_door: bool,
     survivors: Vec<String>,
 }
@@ -131,6 +139,9 @@ impl Session {
             over: false,
             replies: VecDeque::new(),
             changed: BTreeSet::new(),
+            passing: BTreeSet::new(),
+            passing_told_at: None,
+            deadlines: BTreeMap::new(),
             has_door: false,
             survivors: Vec::new(),
         };
@@ -157,7 +168,7 @@ impl Session {
 
     /// The next moment at which time alone changes something.
     pub(super) fn next_deadline(&self) -> Option<tokio::time::Instant> {
-        let tasks = self.tasks.values().filter_map(|task| task.machine.next_deadline()).min();
+        let tasks = self.deadlines.values().copied().chain(self.passing_told_at).min();
         let clock = &self.around.world.clock;
         let left = self.lease_ends().map(|ends| clock.now() + ends.saturating_sub(clock.since_boot()));
         tasks.map(tokio::time::Instant::from_std).into_iter().chain(left).min()
@@ -175,10 +186,13 @@ impl Session {
             _ => {}
         }
         let now = self.now();
-        let due = |task: &Task| task.machine.next_deadline().is_some_and(|deadline| deadline <= now);
-        let due: Vec<TaskId> = self.tasks.iter().filter(|(_, task)| due(task)).map(|(&id, _)| id).collect();
-        for task in due {
+        let due = self.deadlines.iter().filter(|&(_, &deadline)| deadline <= now);
+        for task in due.map(|(&id, _)| id).collect::<Vec<_>>() {
             self.feed(task, task::Event::TimePassed);
+        }
+        if self.passing_told_at.is_some_and(|moment| moment <= now) {
+            self.passing_told_at = None;
+            self.changed.append(&mut self.passing);
         }
     }
 
@@ -214,6 +228,8 @@ impl Session {
         self.around.relay.attached(false);
         self.replies.clear();
         self.changed.clear();
+        self.passing.clear();
+        self.passing_told_at = None;
         let tasks = self.tasks.iter().map(|(&id, task)| self.describe(id, task)).collect();
         let hello = SupervisorHello {
             protocol: PROTOCOL,
@@ -231,6 +247,8 @@ impl Session {
         self.around.relay.attached(false);
         self.replies.clear();
         self.changed.clear();
+        self.passing.clear();
+        self.passing_told_at = None;
         // Whoever asked for the end is not there to hear of it, but it goes on.
         for asked in &mut self.closing {
             *asked = 0;
@@ -259,6 +277,7 @@ impl Session {
             if let Some(reply) = self.replies.pop_front() {
                 writer.push(&reply)?;
             } else if let Some(id) = self.changed.pop_first() {
+                self.passing.remove(&id);
                 let Some(task) = self.tasks.get(&id) else { continue };
                 let frame = supervisor_frame::Frame::Task(self.describe(id, task));
                 writer.push(&SupervisorFrame { frame: Some(frame) })?;
@@ -435,7 +454,7 @@ impl Session {
             changed_ns: self.around.world.clock.wall_ns(),
         };
         self.tasks.insert(id, task);
-        self.changed.insert(id);
+        self.tell_in_passing(id);
         self.feed_queue(&stream, queue::Event::Added { task: id, number, previous });
         let state =
             self.tasks.get(&id).map_or(v1::TaskState::Queued, |task| wire_state(task.machine.stage(), false));
@@ -501,6 +520,7 @@ impl Session {
                 Some(_) => {
                     self.tasks.remove(&id);
                     self.changed.remove(&id);
+                    self.passing.remove(&id);
                     directories.push(task_dir(&self.config.session_dir, id));
                 }
                 None => {}
@@ -632,8 +652,20 @@ impl Session {
         let Some(task) = self.tasks.get_mut(&id) else { return };
         let mut actions = Vec::new();
         task.machine.handle(event, now, &mut actions);
+        match task.machine.next_deadline() {
+            Some(deadline) => drop(self.deadlines.insert(id, deadline)),
+            None => drop(self.deadlines.remove(&id)),
+        }
         for action in actions {
             self.perform(id, action);
+        }
+    }
+
+    fn tell_in_passing(&mut self, id: TaskId) {
+        if self.has_door {
+            self.passing.insert(id);
+            let now = self.now();
+            self.passing_told_at.get_or_insert(now + PASSING);
         }
     }
 
@@ -642,8 +674,14 @@ impl Session {
         let Some(task) = self.tasks.get_mut(&id) else { return };
         if let Action::Announce = action {
             task.changed_ns = wall_ns;
-            if self.has_door {
+            let is_held = task.machine.stage() == Stage::Staged && task.machine.pid().is_some();
+            if !self.has_door {
+                return;
+            }
+            if task.machine.stage() == Stage::Finished || is_held {
                 self.changed.insert(id);
+            } else {
+                self.tell_in_passing(id);
             }
             return;
         }
