@@ -19,7 +19,7 @@ use crate::{
     error::{Error, Result, UnexpectedEnd},
     outcome::{FailureReport, Outcome, Report},
     stream::Stream,
-    streams::{CloseError, Streams},
+    streams::Streams,
     task::{Ready, ReadyError, Task},
 };
 
@@ -84,7 +84,7 @@ pub trait BlockingStreams {
     ///
     /// # Errors
     /// When something could not be tidied.
-    fn close_blocking(self) -> std::result::Result<(), CloseError>;
+    fn close_blocking(self) -> crate::Result<()>;
 }
 
 impl BlockingStreams for Streams {
@@ -100,7 +100,7 @@ impl BlockingStreams for Streams {
         block_on(self.barrier(name, parties)).map_err(Error::from)
     }
 
-    fn close_blocking(self) -> std::result::Result<(), CloseError> {
+    fn close_blocking(self) -> crate::Result<()> {
         block_on(self.close())
     }
 }

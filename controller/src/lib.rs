@@ -25,7 +25,7 @@
 //!     println!("{}", outcome.whiteboard());
 //!     server.stop().await; // ends as `stopped`, which is no failure
 //!     streams.wait().await?; // every unexpected end of any task, one failure for each cause
-//!     Ok(streams.close().await?)
+//!     streams.close().await
 //! }
 //! # fn main() -> millstream::Result<()> { two_streams_meet() }
 //! ```

@@ -965,11 +965,11 @@ impl Streams {
     /// Ends every session and everything that runs in them, and waits until hosts are clean and results complete.
     ///
     /// # Errors
-    /// When something could not be tidied or written.
+    /// [`Error::Close`](crate::Error::Close) when something could not be tidied or written.
     ///
     /// # Cancel safety
     /// Dropping the future is as dropping the streams.
-    pub async fn close(mut self) -> Result<(), CloseError> {
+    pub async fn close(mut self) -> crate::Result<()> {
         self.core.sync.main_waiting(true);
         self.core.driver.send(Input::Close);
         let mut ended = self.core.ended.clone();
@@ -978,7 +978,7 @@ impl Streams {
             Err(_) => vec!["the driver failed: see its message above".to_owned()],
         };
         self.closed = true;
-        if left_behind.is_empty() { Ok(()) } else { Err(CloseError { left_behind }) }
+        if left_behind.is_empty() { Ok(()) } else { Err(CloseError { left_behind }.into()) }
     }
 }
 
