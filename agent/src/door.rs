@@ -36,7 +36,7 @@ use tokio::sync::{Notify, OnceCell, mpsc, oneshot, watch as watched};
 use tokio_stream::{StreamExt as _, wrappers::ReceiverStream};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic::Status;
-use tracing::{error, info, warn};
+use tracing::{debug, error, info, warn};
 
 pub use self::acceptor::{Connection, Listener};
 use self::{
@@ -651,6 +651,11 @@ impl Ending {
         let mut survivors = Vec::new();
         for session_id in sessions {
             survivors.extend(self.shared.close(session_id).await);
+        }
+        if let Some(group) = &self.shared.starter.cgroup
+            && let Err(error) = fs::remove_dir(group)
+        {
+            debug!(group = %group.display(), %error, "the control group of this agent stays");
         }
         survivors
     }

@@ -30,6 +30,14 @@ pub(crate) enum Event {
         /// Number of the task that was handed over before it; zero for the first.
         previous: u32,
     },
+    /// A waiting task was handed over again, behind another one: the one before it was refused on its way and never
+    /// comes. Any other task changes nothing.
+    Follows {
+        /// The task.
+        task: TaskId,
+        /// Number of the task before it.
+        previous: u32,
+    },
     /// A waiting task was taken back and needs no turn any more. One that does not wait changes nothing.
     Withdrawn {
         /// The task.
@@ -89,6 +97,7 @@ impl Queue {
     pub(crate) fn handle(&mut self, event: Event, _now: Instant, actions: &mut Vec<Action>) {
         match event {
             Event::Added { task, number, previous } => self.add(task, number, previous),
+            Event::Follows { task, previous } => self.follow(task, previous),
             Event::Withdrawn { task } => self.withdraw(task),
             Event::Ended { task, drains } if self.current == Some(task) => {
                 self.current = None;
@@ -137,6 +146,12 @@ impl Queue {
         if !known && !self.closed {
             self.waiting.insert((number, self.arrivals), Waiting { task: Some(task), previous });
             self.arrivals += 1;
+        }
+    }
+
+    fn follow(&mut self, task: TaskId, previous: u32) {
+        if let Some(again) = self.waiting.values_mut().find(|waiting| waiting.task == Some(task)) {
+            again.previous = again.previous.min(previous);
         }
     }
 
@@ -294,6 +309,25 @@ mod tests {
             &expect![[r"
                 begin a
                 prepare b
+                begin c
+            "]],
+        );
+    }
+
+    #[test]
+    fn one_that_is_put_again_does_not_wait_for_what_was_refused() {
+        let after = |letter, number, previous| Event::Added { task: task(letter), number, previous };
+        check(
+            &[
+                after('c', 3, 2),
+                after('a', 1, 0),
+                end('a'),
+                Event::Follows { task: task('c'), previous: 1 },
+                Event::Follows { task: task('a'), previous: 0 },
+            ],
+            &expect![[r"
+                prepare c
+                begin a
                 begin c
             "]],
         );

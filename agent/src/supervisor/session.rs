@@ -419,7 +419,10 @@ impl Session {
         let id: TaskId = id_in("task_id", &start.task_id).map_err(invalid)?;
         if let Some(known) = self.tasks.get(&id) {
             return if known.digest == start.spec_sha256 {
-                Ok(start_reply(wire_state(known.machine.stage(), known.end.is_some()), false))
+                let reply = start_reply(wire_state(known.machine.stage(), known.end.is_some()), false);
+                let stream = known.spec.stream.clone();
+                self.feed_queue(&stream, queue::Event::Follows { task: id, previous: start.previous_number });
+                Ok(reply)
             } else {
                 Err((
                     Code::AlreadyExists,
