@@ -2,7 +2,7 @@
 //!
 //! Decides whether trying again can help; when and how often is the link's to decide.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use millstream_common::{
     clock::World,
@@ -76,7 +76,8 @@ impl Attempt {
         let sent_ns = self.world.clock.wall_ns();
         let response = control.open_session(request).await.map_err(|status| refused(&status))?.into_inner();
         let received_ns = self.world.clock.wall_ns();
-        let mut clock = HostClock::default();
+        let boot_id = response.host.as_ref().map_or("", |host| host.boot_id.as_str());
+        let mut clock = if shares_this_kernel(boot_id) { HostClock::same() } else { HostClock::default() };
         if let Some(time) = &response.host_time {
             clock.measure(sent_ns, convert::timestamp_ns(time), received_ns);
         }
@@ -127,6 +128,14 @@ pub(super) async fn dial(reach: &dyn Reach) -> Result<Client, OpenError> {
 }
 
 /// What the refusal of a session means.
+/// Whether a host is this machine, or a container of it: then there is one clock, and nothing to estimate.
+fn shares_this_kernel(boot_id: &str) -> bool {
+    static OWN: OnceLock<String> = OnceLock::new();
+    let own =
+        OWN.get_or_init(|| std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default());
+    !boot_id.is_empty() && own.trim() == boot_id
+}
+
 fn refused(status: &Status) -> OpenError {
     let why = printable(pipe::call_failure(status).as_bytes(), limits::TEXT_BYTES_MAX);
     if pipe::is_transport_failure(status) {

@@ -20,6 +20,12 @@ struct Measured {
 }
 
 impl HostClock {
+    /// The clock of a host that is this very machine, or shares its kernel: the same.
+    #[must_use]
+    pub(crate) fn same() -> Self {
+        Self { best: Some(Measured { offset_ns: 0, uncertainty_ns: 0 }) }
+    }
+
     /// Takes in one answer: when it was asked for and when it came, by the controller's clock, and the host's own time.
     pub(crate) fn measure(&mut self, sent_ns: u64, host_ns: u64, received_ns: u64) {
         let uncertainty_ns = received_ns.saturating_sub(sent_ns) / 2;
@@ -74,6 +80,13 @@ mod tests {
         assert_eq!((clock.offset_ns(), clock.uncertainty_ns()), (3_000, Some(100)));
         clock.measure(20_000, 99_000, 30_000);
         assert_eq!(clock.to_controller(13_100), 10_100);
+    }
+
+    #[test]
+    fn nothing_is_believed_more_than_the_same_clock() {
+        let mut clock = HostClock::same();
+        clock.measure(1_000, 6_000, 1_000);
+        assert_eq!(clock.offset_ns(), 0);
     }
 
     #[test]
