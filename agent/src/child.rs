@@ -1,8 +1,8 @@
 //! The agent of local streams: a child of the test, with its supervisors inside.
 //!
 //! It is told a private directory, listens there on one Unix socket, says `ready` and one newline on its standard output,
-//! and ends when its standard input does, which also happens when its parent dies in any way: then every session is closed,
-//! and the directory is removed. It is a session of its own for the kernel, so that a signal to the test's process group
+//! and ends when its standard input does, which also happens when its parent dies in any way, or on SIGTERM: then every
+//! session is closed, and the directory is removed. It is a session of its own for the kernel, so that a signal to the test's process group
 //! does not take it along before it has cleaned up. It prints nothing else.
 
 use std::{
@@ -16,7 +16,11 @@ use std::{
 };
 
 use millstream_common::clock::World;
-use tokio::{io::AsyncReadExt as _, net::UnixListener, net::unix::pipe};
+use tokio::{
+    io::AsyncReadExt as _,
+    net::{UnixListener, unix::pipe},
+    signal::unix::{SignalKind, signal},
+};
 use tokio_util::sync::CancellationToken;
 use tracing::error;
 
@@ -116,8 +120,12 @@ async fn serve(directory: &Path, relaunch: Relaunch) -> Result<(), ChildError> {
     let socket = UnixListener::bind(directory.join(SOCKET)).map_err(failed("listen on a socket"))?;
     let shutdown = CancellationToken::new();
     let serving = tokio::spawn(door.serve(vec![Listener::Unix(socket)], drop, shutdown.clone()));
+    let mut terminate = signal(SignalKind::terminate()).map_err(failed("listen to SIGTERM"))?;
     say_ready().map_err(failed("say that it is ready"))?;
-    end_of(lifeline).await;
+    tokio::select! {
+        () = end_of(lifeline) => {}
+        _ = terminate.recv() => {}
+    }
     // Connections stay open meanwhile: a controller that closes its sessions itself gets its answers.
     for survivor in ending.close_all().await {
         error!(%survivor, "left behind");
