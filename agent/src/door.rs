@@ -384,9 +384,11 @@ impl Shared {
             Err(error) => {
                 // Half made, when an agent died while it opened the session: nobody has it and nothing runs in it.
                 warn!(session = %session_id, %error, "a session without a record is removed");
-                let removed = tokio::task::spawn_blocking(move || {
-                    bare.wait_until_unlocked().and_then(|()| bare.remove())
-                });
+                if supervisors::find_alive(&bare).await.is_some() {
+                    warn!(session = %session_id, "a supervisor lives in it: it ends with its lease");
+                    return;
+                }
+                let removed = tokio::task::spawn_blocking(move || bare.remove());
                 if !matches!(removed.await, Ok(Ok(()))) {
                     warn!(session = %session_id, "it could not be removed");
                 }
@@ -426,26 +428,22 @@ impl Shared {
         session_id: SessionId,
         directory: &SessionDirectory,
     ) -> Option<(Arc<Supervised>, Duration)> {
-        if let Ok(stream) = tokio::net::UnixStream::connect(directory.socket()).await {
-            let begun = Supervised::begin(
-                session_id,
-                directory.clone(),
-                stream,
-                self.incarnation.clone(),
-                self.notices.clone(),
-                true,
-            );
-            match begun.await {
-                Ok(begun) => return Some(begun),
-                Err(error) => warn!(session = %session_id, %error, "a supervisor does not answer"),
+        let stream = supervisors::find_alive(directory).await?;
+        let begun = Supervised::begin(
+            session_id,
+            directory.clone(),
+            stream,
+            self.incarnation.clone(),
+            self.notices.clone(),
+            true,
+        );
+        match begun.await {
+            Ok(begun) => Some(begun),
+            Err(error) => {
+                error!(session = %session_id, %error, "a supervisor does not answer: its tasks are ended");
+                None
             }
         }
-        let directory = directory.clone();
-        let waited = tokio::task::spawn_blocking(move || directory.wait_until_unlocked()).await;
-        if !matches!(waited, Ok(Ok(()))) {
-            error!(session = %session_id, "the lock of a session cannot be asked");
-        }
-        None
     }
 
     fn fill(&self, session_id: SessionId, supervised: Arc<Supervised>) {
@@ -710,7 +708,6 @@ fn lock_state(state: &Path) -> Result<fs::File, DoorError> {
 }
 
 /// Reflection of exactly what is served, in the version that tools speak today and in the one that older ones ask for.
-#[expect(clippy::type_complexity, reason = "the services are only named by what they implement")]
 fn reflection() -> Result<
     (
         tonic_reflection::server::v1::ServerReflectionServer<

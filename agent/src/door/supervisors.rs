@@ -35,7 +35,7 @@ use millstream_proto::{
 use tokio::{
     net::UnixStream,
     sync::{OnceCell, mpsc, oneshot, watch},
-    time::timeout,
+    time::{sleep, timeout},
 };
 use tonic::{Code, Status};
 use tracing::{error, info, warn};
@@ -537,21 +537,17 @@ impl Driver {
             return None;
         }
         loop {
-            if let Ok(stream) = UnixStream::connect(self.supervised.directory.socket()).await
-                && let Ok((connected, _)) = self.greet(stream).await
-            {
-                info!(session = %self.supervised.session_id, "connected to the supervisor again");
-                return Some(connected);
-            }
-            let directory = self.supervised.directory.clone();
-            // Waits in the kernel until the supervisor's process is gone, however long that takes.
-            match tokio::task::spawn_blocking(move || directory.wait_until_unlocked()).await {
-                Ok(Ok(())) => return None,
-                Ok(Err(error)) => {
-                    error!(session = %self.supervised.session_id, %error, "the lock of a session cannot be asked");
-                    return None;
+            // Without a word a supervisor is not believed to be dead: its lock decides.
+            let stream = find_alive(&self.supervised.directory).await?;
+            match self.greet(stream).await {
+                Ok((connected, _)) => {
+                    info!(session = %self.supervised.session_id, "connected to the supervisor again");
+                    return Some(connected);
                 }
-                Err(_) => return None,
+                Err(error) => {
+                    warn!(session = %self.supervised.session_id, %error, "a supervisor does not answer");
+                    sleep(limits::RECONNECT_PAUSE_MAX).await;
+                }
             }
         }
     }
@@ -579,6 +575,27 @@ impl Driver {
         while self.waiting.try_recv().is_ok() {}
         self.pending.clear();
         self.notify(if told { Notice::Gone } else { Notice::Died }).await;
+    }
+}
+
+/// Connects to the supervisor of a session, or learns for certain that there is none: its lock is free. A supervisor that
+/// is just ending has closed its socket and still holds its lock for a moment; one that is stuck is asked again and again.
+pub(crate) async fn find_alive(directory: &SessionDirectory) -> Option<UnixStream> {
+    let mut pause = limits::RECONNECT_PAUSE_MIN;
+    loop {
+        if let Ok(stream) = UnixStream::connect(directory.socket()).await {
+            return Some(stream);
+        }
+        match directory.is_locked() {
+            Ok(true) => {}
+            Ok(false) => return None,
+            Err(error) => {
+                error!(directory = %directory.path().display(), %error, "the lock of a session cannot be asked");
+                return None;
+            }
+        }
+        sleep(pause).await;
+        pause = (pause * 2).min(limits::RECONNECT_PAUSE_MAX);
     }
 }
 

@@ -124,20 +124,18 @@ impl SessionDirectory {
         write_whole(&self.path.join("supervisor.json"), &text)
     }
 
-    /// Waits until no supervisor holds the lock of this directory: then none lives.
-    pub(crate) fn wait_until_unlocked(&self) -> io::Result<()> {
+    /// Whether a supervisor lives here: it holds the lock as long as it does, and the kernel gives it back.
+    pub(crate) fn is_locked(&self) -> io::Result<bool> {
         let lock = match fs::OpenOptions::new().write(true).open(self.path.join("lock")) {
             Ok(lock) => lock,
             // The directory is gone already, or the supervisor never came so far.
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
             Err(error) => return Err(error),
         };
-        loop {
-            match rustix::fs::flock(&lock, FlockOperation::LockExclusive) {
-                Ok(()) => return Ok(()),
-                Err(rustix::io::Errno::INTR) => {}
-                Err(error) => return Err(error.into()),
-            }
+        match rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => Ok(false),
+            Err(rustix::io::Errno::WOULDBLOCK) => Ok(true),
+            Err(error) => Err(error.into()),
         }
     }
 
@@ -383,11 +381,16 @@ mod tests {
     }
 
     #[test]
-    fn a_lock_that_nobody_holds_is_no_wait_and_removal_can_be_repeated() {
+    fn a_lock_that_nobody_holds_means_that_nobody_lives_and_removal_can_be_repeated() {
         let (_state, directory) = directory();
-        directory.wait_until_unlocked().unwrap();
-        fs::write(directory.path().join("lock"), "").unwrap();
-        directory.wait_until_unlocked().unwrap();
+        assert!(!directory.is_locked().unwrap());
+        let path = directory.path().join("lock");
+        fs::write(&path, "").unwrap();
+        assert!(!directory.is_locked().unwrap());
+        let held = fs::File::open(&path).unwrap();
+        rustix::fs::flock(&held, FlockOperation::LockExclusive).unwrap();
+        assert!(directory.is_locked().unwrap());
+        drop(held);
         directory.remove().unwrap();
         directory.remove().unwrap();
         assert!(!directory.path().exists());
