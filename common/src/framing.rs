@@ -27,6 +27,9 @@ pub enum DeframeError {
 }
 
 /// A message with its prefix.
+///
+/// # Panics
+/// For a message of 4 GiB, which no limit lets come here.
 #[must_use]
 pub fn framed(message: &[u8]) -> Bytes {
     let mut frame = BytesMut::with_capacity(PREFIX_BYTES + message.len());

@@ -217,9 +217,8 @@ impl Relay {
             let Some(call) = calls.get(&call_id) else { continue };
             match frame {
                 Some(relay_frame::Frame::Message(message)) => {
-                    if !call.answered(message, &shared.kept_bytes) {
-                        refused.push(call_id);
-                    }
+                    let taken = call.answered(message, &shared.kept_bytes);
+                    refused.extend((!taken).then_some(call_id));
                 }
                 Some(relay_frame::Frame::End(v1::RelayEnd { code, message })) => {
                     let code = Code::from(i32::try_from(code).unwrap_or(i32::MAX));
@@ -329,5 +328,100 @@ async fn pump(
         if !batch.is_empty() && outgoing.send(RelayFrames { frames: batch }).await.is_err() {
             return;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use millstream_common::{
+        clock::World,
+        sync_client::{Entry, SyncClient},
+    };
+    use relay_frame::Frame;
+
+    use super::*;
+
+    #[test]
+    fn each_link_has_a_number_of_its_own_and_gone_is_for_ever() {
+        let link = LinkCell(AtomicU64::new(2));
+        assert_eq!(link.get(), Link::Down);
+        let mut seen = Vec::new();
+        for up in [true, true, false, false, true] {
+            link.set(up);
+            seen.push(link.get());
+        }
+        assert_eq!(seen, [Link::Up(3), Link::Up(5), Link::Down, Link::Down, Link::Up(7)]);
+        link.give_up();
+        link.set(true);
+        assert_eq!(link.get(), Link::Gone);
+    }
+
+    /// The next frames, as `number kind`.
+    async fn said(frames: &mut mpsc::Receiver<RelayFrames>, count: usize) -> Vec<String> {
+        let mut said = Vec::new();
+        while said.len() < count {
+            let next = tokio::time::timeout(Duration::from_secs(10), frames.recv());
+            let message = next.await.expect("nothing is said").expect("the relay is gone");
+            said.extend(message.frames.into_iter().map(|frame| {
+                let kind = match frame.frame {
+                    Some(Frame::Begin(begin)) => begin.method,
+                    Some(Frame::Message(_)) => "message".to_owned(),
+                    Some(Frame::HalfClose(_)) => "half close".to_owned(),
+                    Some(Frame::Cancel(_)) => "cancel".to_owned(),
+                    other => format!("{other:?}"),
+                };
+                format!("{} {kind}", frame.call_id)
+            }));
+        }
+        said
+    }
+
+    const ENTER: &str = "1 /millstream.v1.SyncService/Enter";
+
+    #[tokio::test]
+    async fn a_call_is_said_again_on_the_next_link_and_its_end_is_told() {
+        let directory = tempfile::tempdir().unwrap();
+        let (tx, mut frames) = mpsc::channel(16);
+        let relay = Relay::new(tx);
+        let task = World::system().ids.task_id();
+        let path = directory.path().join("sync.sock");
+        relay.open(task, &path, None).unwrap();
+        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+
+        let client = SyncClient::connect(&path).await.unwrap();
+        let entry = Entry { parties: Some(2), ..Entry::default() };
+        let waiting = tokio::spawn(async move { client.barrier("x", entry).await });
+        relay.attached(true);
+        let whole = [ENTER, "1 message", "1 half close"];
+        assert_eq!(said(&mut frames, 3).await, whole);
+        relay.attached(false);
+        relay.attached(true);
+        assert_eq!(said(&mut frames, 3).await, whole);
+
+        // The block dies: its connection ends, and the controller is told.
+        waiting.abort();
+        assert_eq!(said(&mut frames, 1).await, ["1 cancel"]);
+        relay.close(task);
+        assert!(!path.exists());
+    }
+
+    #[tokio::test]
+    async fn closing_a_socket_ends_its_calls() {
+        let directory = tempfile::tempdir().unwrap();
+        let (tx, mut frames) = mpsc::channel(16);
+        let relay = Relay::new(tx);
+        relay.attached(true);
+        let task = World::system().ids.task_id();
+        let path = directory.path().join("sync.sock");
+        relay.open(task, &path, None).unwrap();
+        let client = SyncClient::connect(&path).await.unwrap();
+        let entry = Entry { parties: Some(2), ..Entry::default() };
+        let waiting = tokio::spawn(async move { client.barrier("x", entry).await });
+        assert_eq!(said(&mut frames, 3).await, [ENTER, "1 message", "1 half close"]);
+        relay.close(task);
+        assert_eq!(said(&mut frames, 1).await, ["1 cancel"]);
+        waiting.abort();
     }
 }

@@ -8,6 +8,7 @@ use std::{
     ffi::OsString,
     fs::{self, OpenOptions},
     io::{self, Read as _, Write},
+    os::fd::AsFd as _,
     path::PathBuf,
     process::ExitCode,
     time::Duration,
@@ -15,6 +16,7 @@ use std::{
 
 use bytes::Bytes;
 use serde_json::{Value, json};
+use tokio::{io::Interest, net::unix::pipe};
 
 use super::{Content, Entry, Released, SyncError, TopicValue, blocking::SyncClient};
 use crate::{limits, text};
@@ -356,11 +358,19 @@ fn call(client: &SyncClient, command: Command, print: &mut Print<'_>) -> Result<
             print(&|out| values.iter().try_for_each(|value| print_value(out, value)), values_json(&values))
         }
         Command::Subscribe { topic, from } => {
-            for value in client.subscribe(&topic, from) {
-                let value = value?;
+            let (runtime, calls) = client.parts();
+            let mut values = calls.subscribe(&topic, from);
+            loop {
+                let next = runtime.block_on(async {
+                    tokio::select! {
+                        next = values.next() => next,
+                        // As with `subscribe … | head -1`: nobody would ever notice on a quiet topic.
+                        () = reader_gone() => Ok(None),
+                    }
+                });
+                let Some(value) = next? else { return Ok(()) };
                 print(&|out| print_value(out, &value), value_json(&value))?;
             }
-            Ok(())
         }
         Command::Abort { name, reason } => {
             client.abort(&name, &reason)?;
@@ -407,6 +417,17 @@ fn call(client: &SyncClient, command: Command, print: &mut Print<'_>) -> Result<
             print(&human, machine)
         }
         Command::Help | Command::Whiteboard { .. } => Ok(()),
+    }
+}
+
+/// Resolves when whoever reads our standard output through a pipe has closed it; never for other outputs.
+async fn reader_gone() {
+    // Only watched, never written to, so that the mode of the pipe, which others may share, stays as it is.
+    let watch = || pipe::Sender::from_owned_fd_unchecked(io::stdout().as_fd().try_clone_to_owned()?);
+    match watch() {
+        Ok(pipe) if pipe.ready(Interest::ERROR).await.is_ok() => {}
+        // A file cannot be watched, and is never closed by a reader.
+        _ => std::future::pending().await,
     }
 }
 

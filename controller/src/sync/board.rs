@@ -142,12 +142,6 @@ impl Board {
         &self.records
     }
 
-    /// Whether this task may still speak.
-    #[must_use]
-    pub fn knows(&self, task: TaskId) -> bool {
-        self.tasks.contains_key(&task)
-    }
-
     /// What a speaker is called.
     #[must_use]
     pub fn label(&self, speaker: Speaker) -> Arc<str> {

@@ -26,6 +26,7 @@ use tokio::{
     task::{AbortHandle, JoinSet},
 };
 use tokio_stream::{Stream, StreamExt as _};
+use tokio_util::task::AbortOnDropHandle;
 use tonic::{Code, Status, codegen::http};
 use tower::Service as _;
 
@@ -81,7 +82,8 @@ pub(super) async fn serve(
     // The board must not be kept alive by a link that nobody uses any more.
     drop(host);
     let mut inbound = pin!(inbound);
-    let mut pump = pin!(pump(waiting, outbound));
+    // A task of its own: a call that cannot be begun is told so while nothing else here goes on.
+    let mut pump = AbortOnDropHandle::new(tokio::spawn(pump(waiting, outbound)));
     loop {
         tokio::select! {
             frames = inbound.next() => match frames {
@@ -90,7 +92,7 @@ pub(super) async fn serve(
             },
             Some(ended) = link.running.join_next() => link.reap(ended.ok()),
             // The other half is gone: no answer can be told any more.
-            () = &mut pump => break,
+            _ = &mut pump => break,
         }
     }
     link.line.lose();

@@ -12,6 +12,7 @@ mod lab;
 mod logs;
 mod look;
 mod support;
+mod sync;
 mod tidy;
 mod trees;
 mod two_hosts;
