@@ -33,9 +33,30 @@ impl Agent {
     /// When it does not start; the message has its log.
     #[must_use]
     pub fn start(place: &Namespace, address: Ipv4Addr, tls: &Certificate, directory: &Path) -> Self {
+        Self::start_with_path(place, address, tls, directory, None)
+    }
+
+    /// As [`Agent::start`], with another `PATH`, which is also that of its blocks.
+    ///
+    /// # Panics
+    /// When it does not start; the message has its log.
+    #[must_use]
+    pub fn start_with_path(
+        place: &Namespace,
+        address: Ipv4Addr,
+        tls: &Certificate,
+        directory: &Path,
+        search_path: Option<&Path>,
+    ) -> Self {
         fs::create_dir_all(directory).expect("the lab's directory can be written");
         let address = SocketAddrV4::new(address, PORT);
-        Self::start_with(place, address, directory, &configuration(address, Some(tls), directory))
+        Self::start_with(
+            place,
+            address,
+            directory,
+            &configuration(address, Some(tls), directory),
+            search_path,
+        )
     }
 
     /// As [`Agent::start`], on loopback and without TLS.
@@ -46,12 +67,18 @@ impl Agent {
     pub fn start_on_loopback(place: &Namespace, directory: &Path) -> Self {
         fs::create_dir_all(directory).expect("the lab's directory can be written");
         let address = SocketAddrV4::new(Ipv4Addr::LOCALHOST, PORT);
-        Self::start_with(place, address, directory, &configuration(address, None, directory))
+        Self::start_with(place, address, directory, &configuration(address, None, directory), None)
     }
 
-    fn start_with(place: &Namespace, address: SocketAddrV4, directory: &Path, configuration: &str) -> Self {
+    fn start_with(
+        place: &Namespace,
+        address: SocketAddrV4,
+        directory: &Path,
+        configuration: &str,
+        search_path: Option<&Path>,
+    ) -> Self {
         fs::write(directory.join("agent.yaml"), configuration).expect("the lab's directory can be written");
-        let child = launch(place, directory);
+        let child = launch(place, directory, search_path);
         Self { child, address, directory: directory.to_path_buf() }
     }
 
@@ -119,7 +146,7 @@ impl Agent {
     /// # Panics
     /// When it does not start.
     pub fn restart(&mut self, place: &Namespace) {
-        self.child = launch(place, &self.directory);
+        self.child = launch(place, &self.directory, None);
     }
 
     /// Asks it to end, as an init system does, and waits until it has.
@@ -172,7 +199,7 @@ fn configuration(address: SocketAddrV4, tls: Option<&Certificate>, directory: &P
 }
 
 /// Starts the program and waits for `READY=1` on its notification socket: the word an init system waits for.
-fn launch(place: &Namespace, directory: &Path) -> Child {
+fn launch(place: &Namespace, directory: &Path, search_path: Option<&Path>) -> Child {
     let notify = directory.join("notify.sock");
     // Left by the launch before this one.
     let _absent = fs::remove_file(&notify);
@@ -191,6 +218,9 @@ fn launch(place: &Namespace, directory: &Path) -> Child {
         .stdin(Stdio::null())
         .stdout(log.try_clone().expect("a file can be shared"))
         .stderr(log);
+    if let Some(path) = search_path {
+        command.env("PATH", path);
+    }
     let child = place.spawn(&mut command).expect("the agent's program can be started");
     let mut word = [0; 256];
     loop {

@@ -95,7 +95,7 @@ impl Lab {
     /// When the process may not: it needs root and `ip`.
     #[must_use]
     pub fn without_authority(names: &[&str]) -> Self {
-        let directory = tempfile::Builder::new().prefix("millstream-lab-").tempdir().expect("a directory");
+        let directory = tempfile::Builder::new().prefix("lab-").tempdir().expect("a directory");
         let switch = Namespace::create("switch");
         switch.ip(&["link", "add", BRIDGE, "type", "bridge"]);
         switch.ip(&["link", "set", BRIDGE, "up"]);
@@ -158,6 +158,18 @@ impl Lab {
         let host = self.host(name);
         let certificate = self.authority().agent(host.name(), &host.address().to_string());
         Agent::start(host.namespace(), host.address(), &certificate, &self.directory.path().join(host.name()))
+    }
+
+    /// Starts an agent on one host whose programs, and those of its blocks, are looked up in one directory alone.
+    ///
+    /// # Panics
+    /// When it does not start.
+    #[must_use]
+    pub fn start_agent_with_path(&self, name: &str, search_path: &Path) -> Agent {
+        let host = self.host(name);
+        let certificate = self.authority().agent(host.name(), &host.address().to_string());
+        let directory = self.directory.path().join(host.name());
+        Agent::start_with_path(host.namespace(), host.address(), &certificate, &directory, Some(search_path))
     }
 
     /// Starts an agent on one host that listens on loopback only, without TLS.

@@ -23,7 +23,7 @@ fn the_death_of_a_party_is_told_at_once_and_by_name() {
             let begin = Instant::now();
             let dying = streams
                 .get("server")?
-                .run_bg(shell("echo 'no such interface' >&2\nexit 3").name("netserver").allow_failure());
+                .run_bg(shell("echo 'no such interface' >&2\nexit 3").name("netserver"));
             let outcome = waiting.outcome().await;
             let waited = begin.elapsed();
             assert!(waited < Duration::from_secs(10), "{waited:?}");

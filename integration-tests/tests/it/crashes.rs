@@ -84,15 +84,16 @@ fn nothing_is_left_when_a_killed_controller_does_not_come_back() {
     let begun = lines.by_ref().map(|line| line.unwrap()).find(|line| line.contains("begun"));
     assert!(begun.is_some(), "the block has not begun\n{}", agent.log());
     let left = || [processes::with_argument("98765432"), processes::with_argument("87654321")].concat();
-    assert!(left().len() >= 2, "{:?}", left());
+    wait_until_true("both processes run", SOON, || left().len() >= 2);
 
     controller.kill().unwrap();
     controller.wait().unwrap();
     wait_until_true("the lease ends what the controller has left", SOON, || left().is_empty());
-    wait_until_true("the session's processes end", SOON, || processes::children(agent.pid()).is_empty());
+    // The results are kept a while for a controller that comes back too late, and with them their supervisor; what blocks
+    // could use is gone.
     let sockets =
-        Command::new("find").arg(agent.state().join("sessions")).args(["-type", "s"]).output().unwrap();
-    assert_eq!(String::from_utf8_lossy(&sockets.stdout), "", "sockets stay");
+        Command::new("find").arg(agent.state()).args(["-type", "s", "-path", "*/sync/*"]).output().unwrap();
+    assert_eq!(String::from_utf8_lossy(&sockets.stdout), "", "sockets of blocks stay");
 }
 
 #[test]

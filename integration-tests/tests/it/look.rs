@@ -119,3 +119,19 @@ fn a_person_sees_a_waiting_barrier_and_takes_part_in_it() {
         .unwrap();
     assert!(Path::new(directory.path()).exists());
 }
+
+#[test]
+#[ignore = "needs root and grpcurl (integration-tests/setup): integration-tests/run"]
+fn a_controller_of_another_version_is_told_which_side_to_update() {
+    let lab = Lab::new(&["one"]);
+    let agent = lab.start_agent("one");
+    let request = r#"{"session_id":"01900000-0000-7000-8000-000000000000","secret":"00000000000000000000000000000001",
+        "protocol_min":99,"protocol_max":99,"version":"99.0.0","client":"a test of tomorrow"}"#;
+    let mut command = Command::new(tools::grpcurl());
+    command.args(["-max-time", "20", "-plaintext", "-authority", "localhost", "-d", request, "-unix"]);
+    let output = tools::output(command.arg(agent.socket()).arg("millstream.v1.AgentService/OpenSession"));
+    let told = tools::both(&output);
+    assert!(!output.status.success(), "{told}");
+    assert!(told.contains("FailedPrecondition"), "{told}");
+    assert!(told.contains("99") && told.contains("update the agent"), "{told}");
+}

@@ -14,8 +14,13 @@ fn a_daemon_that_forked_twice_is_gone_with_its_block_and_reported() {
         .block_on(|| async {
             let streams = open(&lab, "daemon")?;
             // It holds the block's output open too: waiting for the end of the pipe would wait for ever.
-            let block =
-                shell("(setsid sh -c 'sleep 76543210 & exec sleep 76543211' &)\necho started").name("daemon");
+            let block = shell(
+                "mkfifo up\n\
+                 (setsid sh -c 'sleep 76543210 & echo up >up; exec sleep 76543211' &)\n\
+                 read -r up <up\n\
+                 echo started",
+            )
+            .name("daemon");
             let outcome = streams.get("one")?.run_fg(block).await?;
             assert_eq!(outcome.stdout(), "started\n");
             let left = [processes::with_argument("76543210"), processes::with_argument("76543211")].concat();

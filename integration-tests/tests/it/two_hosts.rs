@@ -8,6 +8,7 @@ use crate::support::open;
 
 /// Starts the server, tells that it listens by entering `setup`, and ends it when the client is done.
 const SERVER: &str = r#"
+set -e
 mkfifo lines
 iperf3 --server --forceflush >lines 2>&1 &
 server=$!
@@ -24,6 +25,7 @@ wait "$server" || true
 "#;
 
 const CLIENT: &str = r#"
+set -e
 millstream-sync barrier setup 2
 iperf3 --client "$SERVER" --time 2 --json >"$MILLSTREAM_OUTPUT/iperf3.json"
 millstream-sync barrier finished 2

@@ -67,3 +67,22 @@ fn the_code_map_names_every_room() {
         .collect();
     report("rooms that ARCHITECTURE.md does not name", &complaints);
 }
+
+#[test]
+fn the_readme_shows_the_first_test_as_it_is() {
+    let first = std::fs::read_to_string(root().join("integration-tests/tests/first.rs")).unwrap();
+    let (_header, shown) = first.split_once("\n\n").unwrap();
+    let readme = std::fs::read_to_string(root().join("README.md")).unwrap();
+    assert!(
+        readme.contains(&format!("```rust\n{shown}```\n")),
+        "README.md shows another text than tests/first.rs"
+    );
+    assert!(shown.lines().count() <= 40, "{} lines", shown.lines().count());
+}
+
+#[test]
+fn the_readme_names_commands_that_exist() {
+    let readme = std::fs::read_to_string(root().join("README.md")).unwrap();
+    assert!(readme.contains("cargo run --example netperf -p millstream"));
+    assert!(readme.contains("\nintegration-tests/run\n"));
+}
