@@ -13,6 +13,7 @@ pub mod queue;
 pub mod relay;
 mod session;
 pub mod shim;
+pub mod spares;
 pub mod spool;
 pub mod task;
 pub(crate) mod tree;

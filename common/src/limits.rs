@@ -117,6 +117,9 @@ pub const SESSION_TASKS_COUNT_MAX: usize = 16_384;
 pub const STREAM_WINDOW_COUNT: usize = 128;
 /// Streams of one test.
 pub const STREAMS_COUNT_MAX: usize = 10_000;
+/// Empty directories of released tasks that a session keeps for the next ones: half a window, so that closing the session
+/// is not held up by removing them.
+pub const SPARES_COUNT_MAX: usize = 64;
 /// Tasks of one test.
 pub const TEST_TASKS_COUNT_MAX: usize = 1_000_000;
 

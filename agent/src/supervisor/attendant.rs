@@ -34,6 +34,7 @@ use super::{
     cgroup::{self, GroupError, Hierarchies, LimitGroups},
     process::{Launch, moved, watch},
     relay::Relay,
+    spares::Spares,
     spool::{Quota, SpoolWriter},
     task::{Action, Event, Refusal, Sealed},
     tree::{Ended, Happened, Started, Tree},
@@ -71,6 +72,7 @@ pub(crate) struct Surroundings {
     pub(crate) hierarchies: Hierarchies,
     /// Shipped files.
     pub(crate) blobs: Blobs,
+    pub(crate) spares: Spares,
     /// Blocks' calls.
     pub(crate) relay: Relay,
     /// `/dev/null`, for reading and writing.
@@ -305,11 +307,13 @@ impl Attendant {
             |file: &ShippedFile| !matches!(file.source, FileSource::Blob(_)) || file.mode & 0o111 != 0;
         let all = || self.spec.files.iter().chain(&secret_files);
         let made = if all().count() <= QUICK_FILES_COUNT_MAX && all().all(is_small) {
-            Workspace::create(&self.directory, &self.spec, &secret_files, &self.around.blobs, owner)
+            let (blobs, spares) = (&self.around.blobs, &self.around.spares);
+            Workspace::create(&self.directory, &self.spec, &secret_files, blobs, spares, owner)
         } else {
             let (directory, spec, blobs) =
                 (self.directory.clone(), self.spec.clone(), self.around.blobs.clone());
-            let making = move || Workspace::create(&directory, &spec, &secret_files, &blobs, owner);
+            let spares = self.around.spares.clone();
+            let making = move || Workspace::create(&directory, &spec, &secret_files, &blobs, &spares, owner);
             tokio::task::spawn_blocking(making).await.unwrap_or_else(|error| {
                 let source = io::Error::other(error);
                 Err(WorkspaceError::Directory { path: self.directory.clone(), source })

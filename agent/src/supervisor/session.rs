@@ -43,6 +43,7 @@ use super::{
     failed,
     queue::{self, Queue},
     relay::Relay,
+    spares::Spares,
     task::{self, Action, Machine, SessionEnd, Stage},
     wire::{FrameWriter, PROTOCOL, WireError},
     workspace,
@@ -118,6 +119,7 @@ impl Session {
             cgroup: config.session_cgroup(),
             hierarchies: Hierarchies::find(),
             blobs,
+            spares: Spares::default(),
             relay: Relay::new(relayed),
             null: null_file.into(),
             told,
@@ -531,9 +533,10 @@ impl Session {
         }
         if !directories.is_empty() {
             // Not on this thread: there may be many files, and nobody waits for it.
+            let spares = self.around.spares.clone();
             drop(tokio::task::spawn_blocking(move || {
                 for directory in directories {
-                    if let Err(error) = workspace::remove_task(&directory) {
+                    if let Err(error) = spares.retire(&directory) {
                         warn!(path = %directory.display(), %error, "the directory of a task is left behind");
                     }
                 }
@@ -590,6 +593,7 @@ impl Session {
 
     /// What is to be removed when the session is over.
     pub(super) fn remains(&self) -> Remains {
+        self.around.spares.shut();
         Remains { group: self.config.session_cgroup(), session_dir: self.config.session_dir.clone() }
     }
 

@@ -24,7 +24,10 @@ use rustix::{
 };
 
 pub use super::blobs::Owner;
-use super::blobs::{BlobError, Blobs, create_file};
+use super::{
+    blobs::{BlobError, Blobs, create_file},
+    spares::Spares,
+};
 
 /// Why a task's directories could not be made, packed or removed.
 #[derive(Debug, thiserror::Error)]
@@ -157,8 +160,8 @@ pub struct Workspace {
 }
 
 impl Workspace {
-    /// Makes the directories of a task below `task_dir`, which is made too unless it is there, and puts the shipped files
-    /// in place. With an `owner`, everything that the block may write to belongs to that user; directories above
+    /// Makes the directories of a task below `task_dir`, which is made too unless it is there, or takes a spare, and puts
+    /// the shipped files in place. With an `owner`, everything that the block may write to belongs to that user; directories above
     /// `task_dir` must let the user pass.
     ///
     /// # Errors
@@ -168,6 +171,7 @@ impl Workspace {
         spec: &TaskSpec,
         secret_files: &[ShippedFile],
         blobs: &Blobs,
+        spares: &Spares,
         owner: Option<Owner>,
     ) -> Result<Self, WorkspaceError> {
         let mut workspace = Self {
@@ -180,9 +184,15 @@ impl Workspace {
             working_directory: PathBuf::new(),
             variables: variables(task_dir, spec, secret_files),
         };
-        // Before anything can be cleared again: a directory that is there already belongs to somebody else.
-        make_directory(&workspace.work, 0o755, owner)?;
-        match workspace.fill(spec, secret_files, blobs, owner) {
+        let has_spare = owner.is_none() && spares.claim(task_dir);
+        if !has_spare {
+            // Before anything can be cleared again: a directory that is there already belongs to somebody else.
+            make_directory(&workspace.work, 0o755, owner)?;
+        }
+        match workspace
+            .make_rest(has_spare, owner)
+            .and_then(|()| workspace.fill(spec, secret_files, blobs, owner))
+        {
             Ok(()) => Ok(workspace),
             Err(error) => {
                 if let Err(left) = workspace.clear() {
@@ -193,6 +203,19 @@ impl Workspace {
         }
     }
 
+    fn make_rest(&self, has_spare: bool, owner: Option<Owner>) -> Result<(), WorkspaceError> {
+        if !has_spare {
+            make_directory(&self.output, 0o755, owner)?;
+        }
+        if self.has_private {
+            make_directory(&self.private, 0o700, owner)?;
+        }
+        match owner {
+            Some(owner) => self.open_to(owner),
+            None => Ok(()),
+        }
+    }
+
     fn fill(
         &mut self,
         spec: &TaskSpec,
@@ -200,13 +223,6 @@ impl Workspace {
         blobs: &Blobs,
         owner: Option<Owner>,
     ) -> Result<(), WorkspaceError> {
-        make_directory(&self.output, 0o755, owner)?;
-        if self.has_private {
-            make_directory(&self.private, 0o700, owner)?;
-        }
-        if let Some(owner) = owner {
-            self.open_to(owner)?;
-        }
         for (path, place) in [(&self.work, FilePlace::Work), (&self.private, FilePlace::Private)] {
             let files = || spec.files.iter().chain(secret_files).filter(|file| file.place == place);
             if files().next().is_some() {

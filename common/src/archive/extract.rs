@@ -1,7 +1,8 @@
 //! Takes an archive apart while it arrives.
 //!
-//! Everything is created below a directory of its own, through handles, never through a link, and moved to its place only
-//! when length and digest of the whole are what was announced. Dropping an [`Extractor`] removes what is not in its place.
+//! Everything is created under other names than its own, through handles, never through a link, and renamed only when length
+//! and digest of the whole are what was announced. Dropping an [`Extractor`] removes what is not in its place. No directory is
+//! made to hold the parts meanwhile: on some file systems removing one takes longer than all else for small results.
 
 use std::{
     fmt,
@@ -16,7 +17,7 @@ use std::{
 };
 
 use rustix::{
-    fs::{CWD, Mode, OFlags, RenameFlags, mkdirat, openat, renameat_with, symlinkat},
+    fs::{AtFlags, CWD, Mode, OFlags, RenameFlags, mkdirat, openat, renameat_with, statat, symlinkat},
     io::Errno,
 };
 use sha2::{Digest as _, Sha256};
@@ -111,8 +112,10 @@ enum State {
 /// Dropping it without [`Extractor::finish`] removes everything it has created.
 pub struct Extractor {
     target: PathBuf,
-    partial: PathBuf,
     root: OwnedFd,
+    /// What `data` and `whiteboard` are called until they are whole.
+    partial_data: String,
+    partial_whiteboard: String,
     /// Directories from the root to where the last entry was put: entries come directory by directory, so that each
     /// directory is opened once.
     open: Vec<(Vec<u8>, OwnedFd)>,
@@ -141,24 +144,23 @@ impl Extractor {
     pub fn new(target: impl Into<PathBuf>) -> Result<Self, ExtractError> {
         static NUMBER: AtomicU64 = AtomicU64::new(0);
         let target = target.into();
-        let (partial, root) = loop {
+        let root = openat(CWD, &target, DIRECTORY & !OFlags::NOFOLLOW, Mode::empty())
+            .map_err(|error| system("open the directory", &target, error))?;
+        let (partial_data, partial_whiteboard) = loop {
             let number = NUMBER.fetch_add(1, Ordering::Relaxed);
-            let partial = target.join(format!(".partial-{}-{number}", std::process::id()));
-            let failed = |source: Errno| system("create the directory", &partial, source);
-            match mkdirat(CWD, &partial, Mode::RWXU) {
-                Ok(()) => {
-                    let root = openat(CWD, &partial, DIRECTORY, Mode::empty()).map_err(failed)?;
-                    break (partial, root);
-                }
-                // Left by a process that had the same number and was killed.
-                Err(Errno::EXIST) => {}
-                Err(error) => return Err(failed(error)),
+            let name = |part| format!(".partial-{}-{number}.{part}", std::process::id());
+            let names = (name(DATA), name(WHITEBOARD));
+            let is_free = |name: &str| statat(&root, name, AtFlags::SYMLINK_NOFOLLOW).is_err();
+            // What is taken was left by a process that had the same number and was killed.
+            if is_free(&names.0) && is_free(&names.1) {
+                break names;
             }
         };
         Ok(Self {
             target,
-            partial,
             root,
+            partial_data,
+            partial_whiteboard,
             open: Vec::new(),
             state: State::Header { filled: 0 },
             block: Box::new([0; BLOCK_BYTES]),
@@ -218,24 +220,24 @@ impl Extractor {
             return Err(ExtractError::Digest { digest, expected: expected_sha256.to_owned() });
         }
         self.move_in_place()?;
-        self.open.clear();
-        // It is empty now, and even if it could not go, the results are in place.
-        self.finished = rustix::fs::rmdir(&self.partial).is_ok();
+        self.finished = true;
         Ok(self.extracted)
     }
 
     fn move_in_place(&self) -> Result<(), ExtractError> {
-        let target = openat(CWD, &self.target, DIRECTORY & !OFlags::NOFOLLOW, Mode::empty())
-            .map_err(|error| system("open the directory", &self.target, error))?;
-        let mut moved: Vec<&str> = Vec::new();
-        for (name, is_there) in [(DATA, self.extracted.data), (WHITEBOARD, self.extracted.whiteboard)] {
+        let parts = [
+            (&self.partial_data, DATA, self.extracted.data),
+            (&self.partial_whiteboard, WHITEBOARD, self.extracted.whiteboard),
+        ];
+        let mut moved: Vec<(&str, &str)> = Vec::new();
+        for (partial, name, is_there) in parts {
             if !is_there {
                 continue;
             }
-            if let Err(error) = renameat_with(&self.root, name, &target, name, RenameFlags::NOREPLACE) {
-                for name in moved {
+            if let Err(error) = renameat_with(&self.root, partial, &self.root, name, RenameFlags::NOREPLACE) {
+                for (partial, name) in moved {
                     // Back again: either all of it is in place or nothing.
-                    renameat_with(&target, name, &self.root, name, RenameFlags::NOREPLACE).ok();
+                    renameat_with(&self.root, name, &self.root, partial, RenameFlags::NOREPLACE).ok();
                 }
                 let path = self.target.join(name);
                 return Err(match error {
@@ -243,9 +245,18 @@ impl Extractor {
                     error => system("move results to", &path, error),
                 });
             }
-            moved.push(name);
+            moved.push((partial, name));
         }
         Ok(())
+    }
+
+    /// The name under which something directly in the archive is created.
+    fn partial<'a>(&'a self, name: &'a [u8]) -> &'a [u8] {
+        match name {
+            name if name == DATA.as_bytes() => self.partial_data.as_bytes(),
+            name if name == WHITEBOARD.as_bytes() => self.partial_whiteboard.as_bytes(),
+            other => other,
+        }
     }
 
     /// Takes as much of `rest` as belongs to the state.
@@ -363,8 +374,11 @@ impl Extractor {
         if let Err(refusal) = self.open_parents(parents)? {
             return Err(refused(self, refusal));
         }
-        let parent = self.open.last().map_or(self.root.as_fd(), |(_, directory)| directory.as_fd());
-        match create(parent, name, &entry) {
+        let made = match self.open.last() {
+            None => create(self.root.as_fd(), self.partial(name), &entry),
+            Some((_, parent)) => create(parent.as_fd(), name, &entry),
+        };
+        match made {
             Ok(None) => Ok(State::Header { filled: 0 }),
             Ok(Some(file)) => {
                 let padding = header::padding(entry.size);
@@ -404,8 +418,11 @@ impl Extractor {
         let common = self.open.iter().zip(parents).take_while(|((name, _), parent)| name == *parent).count();
         self.open.truncate(common);
         for &parent in &parents[common..] {
-            let above = self.open.last().map_or(self.root.as_fd(), |(_, directory)| directory.as_fd());
-            match openat(above, parent, DIRECTORY, Mode::empty()) {
+            let opened = match self.open.last() {
+                None => openat(&self.root, self.partial(parent), DIRECTORY, Mode::empty()),
+                Some((_, above)) => openat(above, parent, DIRECTORY, Mode::empty()),
+            };
+            match opened {
                 Ok(directory) => self.open.push((parent.to_vec(), directory)),
                 Err(Errno::NOENT) => return Ok(Err(Refusal::NoDirectory)),
                 Err(Errno::NOTDIR | Errno::LOOP) => return Ok(Err(Refusal::NotDirectory)),
@@ -434,8 +451,10 @@ impl Drop for Extractor {
         if !self.finished {
             self.open.clear();
             self.state = State::Refused;
-            if let Err(error) = tree::remove_tree(&self.partial) {
-                tracing::warn!(%error, "a refused archive leaves files behind");
+            for partial in [&self.partial_data, &self.partial_whiteboard] {
+                if let Err(error) = tree::remove_tree(&self.target.join(partial)) {
+                    tracing::warn!(%error, "a refused archive leaves files behind");
+                }
             }
         }
     }

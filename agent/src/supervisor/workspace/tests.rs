@@ -19,13 +19,14 @@ use super::*;
 struct Host {
     dir: tempfile::TempDir,
     blobs: Blobs,
+    spares: Spares,
 }
 
 impl Host {
     fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
         let blobs = Blobs::open(dir.path().join("blobs")).unwrap();
-        Self { dir, blobs }
+        Self { dir, blobs, spares: Spares::default() }
     }
 
     fn task(&self) -> PathBuf {
@@ -33,7 +34,7 @@ impl Host {
     }
 
     fn create(&self, spec: &TaskSpec) -> Result<Workspace, WorkspaceError> {
-        Workspace::create(&self.task(), spec, &[], &self.blobs, None)
+        Workspace::create(&self.task(), spec, &[], &self.blobs, &self.spares, None)
     }
 
     fn put(&self, content: &[u8]) -> BlobDigest {
@@ -104,6 +105,19 @@ fn a_task_without_files_has_two_empty_directories_and_leaves_nothing() {
 }
 
 #[test]
+fn the_directory_of_a_trivial_task_serves_the_next_one() {
+    let host = Host::new();
+    drop(host.create(&spec(Vec::new())).unwrap());
+    let before = fs::metadata(host.task().join("work")).unwrap().ino();
+    host.spares.retire(&host.task()).unwrap();
+    assert!(!host.task().exists());
+    let workspace = host.create(&spec(vec![inline("a")])).unwrap();
+    assert_eq!(fs::metadata(workspace.work()).unwrap().ino(), before);
+    host.spares.retire(&host.task()).unwrap();
+    assert_eq!(fs::read_dir(host.dir.path().join("tasks")).unwrap().count(), 0, "it had a file: it is gone");
+}
+
+#[test]
 fn a_workspace_that_is_there_is_neither_used_nor_cleared() {
     let host = Host::new();
     let first = host.create(&spec(vec![inline("a")])).unwrap();
@@ -132,7 +146,8 @@ fn files_of_every_source_are_put_in_place() {
         shipped("lib/a/set", FileSource::HostPath(on_host.to_str().unwrap().to_owned())),
         link("lib/a/b/also", "lib/data"),
     ];
-    let workspace = Workspace::create(&host.task(), &spec(files), &[secret], &host.blobs, None).unwrap();
+    let workspace =
+        Workspace::create(&host.task(), &spec(files), &[secret], &host.blobs, &host.spares, None).unwrap();
     let work = workspace.work();
     assert_eq!(mode(&work.join("bin/tool")), 0o555);
     assert_eq!(mode(&work.join("lib/data")), 0o644);
@@ -254,7 +269,8 @@ fn another_user_gets_what_it_may_write_to() {
     let mut private = inline("sub/p");
     (private.place, private.mode) = (FilePlace::Private, 0o600);
     let spec = spec(vec![inline("dir/file"), private]);
-    let workspace = Workspace::create(&host.task(), &spec, &[], &host.blobs, Some(owner)).unwrap();
+    let workspace =
+        Workspace::create(&host.task(), &spec, &[], &host.blobs, &host.spares, Some(owner)).unwrap();
     for path in ["work", "work/dir", "work/dir/file", "output", "private", "private/sub/p", "whiteboard"] {
         let meta = fs::symlink_metadata(host.task().join(path)).unwrap();
         assert_eq!((meta.uid(), meta.gid()), (65534, 65534), "{path}");
