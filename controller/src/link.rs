@@ -17,7 +17,7 @@ use millstream_common::{
     clock::World,
     id::{SessionId, TaskId},
     limits,
-    outcome::{Phase, Reason, TaskEnd},
+    outcome::{Reason, TaskEnd},
     pipe,
     text::{printable, spoken},
 };
@@ -31,98 +31,22 @@ use tonic::{Code, Status, transport::Channel};
 use tracing::{debug, info, warn};
 
 use crate::{
-    block::compile::Upload,
     driver::{mailbox::Mailbox, scribe::Recorder},
     reach::Reach,
-    results::timeline::HostClock,
     sync::host::SyncHost,
 };
 
 mod bulk;
 mod calls;
 mod events;
+mod messages;
 mod open;
 mod relay;
 
 use calls::{begin_in_order, keep, release, signal, start};
 use events::watch_session;
+pub(crate) use messages::{LinkOptions, Opened, Order, Put, Report};
 use open::{Attempt, OpenError};
-
-/// What the driver wants of a link.
-#[derive(Debug)]
-pub(crate) enum Order {
-    /// Open a session, unless one is open or being opened.
-    Connect,
-    /// Bring these blobs to the host if it lacks them.
-    Upload { task: TaskId, uploads: Vec<Upload> },
-    /// Hand a task over.
-    Put(Box<Put>),
-    /// Act on a task.
-    Signal { task: TaskId, kind: v1::SignalKind, grace: Option<Duration>, reason: Option<Reason> },
-    /// Everything of these tasks is here: the host may forget them.
-    Release { task: TaskId },
-    /// Close the session and end.
-    Close,
-}
-
-/// A task to be handed over.
-#[derive(Debug)]
-pub(crate) struct Put {
-    pub(crate) task: TaskId,
-    /// All but the session's key.
-    pub(crate) request: v1::StartTaskRequest,
-    /// Where its output goes.
-    pub(crate) recorder: Recorder,
-}
-
-/// What a link tells the driver.
-#[derive(Debug)]
-pub(crate) enum Report {
-    /// A new session is open.
-    Opened(Box<Opened>),
-    /// The connection broke; coming back is being tried.
-    Suspended,
-    /// The connection and the session are back.
-    Resumed,
-    /// No session: it could not be opened, or it is over.
-    Lost { why: String, reason: Reason },
-    /// The clock of the host was measured.
-    Clock(HostClock),
-    /// The blobs are there, or cannot be.
-    Uploaded { task: TaskId, result: Result<(), String> },
-    /// The host has taken the task.
-    Accepted { task: TaskId },
-    /// The host does not take the task.
-    Rejected { task: TaskId, reason: Reason, why: String },
-    /// The task is prepared and, if it is held, waits.
-    Staged { task: TaskId },
-    /// A phase began.
-    Began { task: TaskId, phase: Option<Phase>, time_ns: u64 },
-    /// How the task ended; its output and results may still be under way.
-    Ended { task: TaskId, end: Box<TaskEnd> },
-    /// All output and results of an ended task were handed to its recorder, or cannot be had.
-    Arrived { task: TaskId, problem: Option<String> },
-    /// The session is closed, or could not be closed in time.
-    Closed { left_behind: Vec<String> },
-}
-
-/// What opening a session found.
-#[derive(Debug, Clone, Default)]
-pub(crate) struct Opened {
-    pub(crate) version: String,
-    pub(crate) host: v1::HostFacts,
-    pub(crate) capabilities: v1::Capabilities,
-    pub(crate) clock: HostClock,
-}
-
-/// What a link needs to know from its beginning.
-#[derive(Debug, Clone)]
-pub(crate) struct LinkOptions {
-    pub(crate) lease: Duration,
-    pub(crate) exclusive: bool,
-    /// What the controller calls itself, for people.
-    pub(crate) client: String,
-}
 
 /// The driver's end of a link.
 #[derive(Debug)]
@@ -219,6 +143,8 @@ struct Shared {
     progress: Progress,
     /// The connection that works now.
     connection: watch::Receiver<Option<Connection>>,
+    /// What does not come with the session's events; kept over connections.
+    wanted: Arc<Mailbox<events::Wanted>>,
 }
 
 /// Why a connection or a session is no more.
@@ -300,7 +226,8 @@ impl Loop {
     /// Serves a session over as many connections as it takes.
     async fn keep_session(&mut self, first: Connection, belief: Instant) -> bool {
         let (connections, receiver) = watch::channel(Some(first.clone()));
-        let shared = Shared { progress: Progress::default(), connection: receiver };
+        let shared =
+            Shared { progress: Progress::default(), connection: receiver, wanted: Arc::new(Mailbox::new()) };
         let mut session = first.session.clone();
         let belief = Arc::new(Mutex::new(belief));
         let mut bulk = bulk::Bulk::new(Arc::clone(&self.reach), shared.clone(), Arc::clone(&self.reports));
@@ -457,6 +384,27 @@ impl Loop {
     ) -> Break {
         let mut jobs: JoinSet<Break> = JoinSet::new();
         let mut calls: JoinSet<Result<(), Break>> = JoinSet::new();
+        let why = self.serve_with(&mut jobs, &mut calls, connection, shared, belief, bulk, attempts).await;
+        // Nobody of this connection may still take something in when the next one tells the host what is here.
+        jobs.shutdown().await;
+        calls.shutdown().await;
+        why
+    }
+
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "the parts of one connection, which live no longer than it"
+    )]
+    async fn serve_with(
+        &mut self,
+        jobs: &mut JoinSet<Break>,
+        calls: &mut JoinSet<Result<(), Break>>,
+        connection: &Connection,
+        shared: &Shared,
+        belief: &Arc<Mutex<Instant>>,
+        bulk: &mut bulk::Bulk,
+        attempts: &mut BTreeMap<TaskId, u32>,
+    ) -> Break {
         jobs.spawn(keep(
             connection.clone(),
             self.options.lease,
@@ -464,15 +412,14 @@ impl Loop {
             Arc::clone(belief),
             Arc::clone(&self.reports),
         ));
-        let (bulk_orders, mut bulk_wanted) = tokio::sync::mpsc::channel(limits::STREAM_WINDOW_COUNT);
-        jobs.spawn(watch_session(connection.clone(), shared.clone(), Arc::clone(&self.reports), bulk_orders));
+        jobs.spawn(watch_session(connection.clone(), shared.clone(), Arc::clone(&self.reports)));
         jobs.spawn(relay::serve(connection.clone(), shared.clone(), self.sync.clone()));
         let mut released: BTreeSet<TaskId> = BTreeSet::new();
         let mut releasing: Option<tokio::task::JoinHandle<()>> = None;
         loop {
             // What is left when the connection breaks stays for the next one.
             while let Some(order) = self.pending.pop_front() {
-                let done = self.perform(order, connection, shared, bulk, &mut calls, &mut released, attempts);
+                let done = self.perform(order, connection, shared, bulk, calls, &mut released, attempts);
                 if let Err(why) = done.await {
                     return why;
                 }
@@ -487,7 +434,7 @@ impl Loop {
                         return why;
                     }
                 }
-                Some(wanted) = bulk_wanted.recv() => bulk.begin(wanted),
+                wanted = shared.wanted.take() => wanted.into_iter().for_each(|wanted| bulk.begin(wanted)),
                 Some(ended) = jobs.join_next() => {
                     return ended.unwrap_or_else(|error| Break::Connection(format!("a part of the link failed: {error}")));
                 }

@@ -115,6 +115,13 @@ impl Recorder {
         self.jobs.put(Job::Records { task: self.task, records, units });
     }
 
+    /// Takes in a small archive as a whole. Waits for nothing: no task has more than one.
+    pub(crate) fn archive_whole(&self, size_bytes: u64, sha256: &str, data: Bytes) {
+        self.archive_begins(size_bytes, sha256);
+        self.jobs.put(Job::ArchivePiece { task: self.task, data, units: 0 });
+        self.archive_ends();
+    }
+
     /// An archive begins.
     pub(crate) fn archive_begins(&self, size_bytes: u64, sha256: &str) {
         self.jobs.put(Job::ArchiveBegins { task: self.task, size_bytes, sha256: sha256.to_owned() });

@@ -23,12 +23,7 @@ pub(super) enum Wanted {
 }
 
 /// Reads the events of all tasks of the session.
-pub(super) async fn watch_session(
-    connection: Connection,
-    shared: Shared,
-    reports: Reports,
-    wanted: tokio::sync::mpsc::Sender<Wanted>,
-) -> Break {
+pub(super) async fn watch_session(connection: Connection, shared: Shared, reports: Reports) -> Break {
     let known = lock(&shared.progress)
         .iter()
         .map(|(task, incoming)| v1::TaskPosition {
@@ -52,7 +47,7 @@ pub(super) async fn watch_session(
         match events.message().await {
             Ok(Some(message)) => {
                 for event in message.events {
-                    if let Err(why) = take_event(event, &shared, &reports, &wanted).await {
+                    if let Err(why) = take_event(event, &shared, &reports).await {
                         return Break::Connection(why);
                     }
                 }
@@ -68,7 +63,6 @@ pub(super) async fn take_event(
     event: v1::TaskEvent,
     shared: &Shared,
     reports: &Reports,
-    wanted: &tokio::sync::mpsc::Sender<Wanted>,
 ) -> Result<(), String> {
     use v1::task_event::Event;
     let task: TaskId = convert::id_in("task_id", &event.task_id).map_err(|error| error.to_string())?;
@@ -117,25 +111,19 @@ pub(super) async fn take_event(
                 _ => false,
             };
             if begin {
-                let _ended = wanted.send(Wanted::Log { task }).await;
+                want(shared, Wanted::Log { task });
             }
             Ok(())
         }
         Some(Event::End(end)) => {
             let end = TaskEnd::try_from(end).map_err(|error| error.to_string())?;
-            take_end(task, end, shared, reports, wanted).await;
+            take_end(task, end, shared, reports).await;
             Ok(())
         }
     }
 }
 
-pub(super) async fn take_end(
-    task: TaskId,
-    end: TaskEnd,
-    shared: &Shared,
-    reports: &Reports,
-    wanted: &tokio::sync::mpsc::Sender<Wanted>,
-) {
+pub(super) async fn take_end(task: TaskId, end: TaskEnd, shared: &Shared, reports: &Reports) {
     let end = Box::new(end);
     let archive = end.archive.clone();
     let is_inline = |size: u64, length: usize| u64::try_from(length).is_ok_and(|length| length == size);
@@ -153,13 +141,17 @@ pub(super) async fn take_end(
     };
     reports(Report::Ended { task, end }).await;
     if fetched.is_some() {
-        let _ended = wanted.send(Wanted::Archive { task }).await;
+        want(shared, Wanted::Archive { task });
     } else if let Some(info) = archive {
-        recorder.archive_begins(info.size_bytes, &info.sha256);
-        recorder.archive_piece(info.inline).await;
-        recorder.archive_ends();
+        recorder.archive_whole(info.size_bytes, &info.sha256, info.inline);
     }
     settle(task, shared, reports).await;
+}
+
+/// Asks for what comes on the bulk connection. Waits for nothing: whoever is dropped at a wait loses what it had in hand.
+fn want(shared: &Shared, wanted: Wanted) {
+    // It is never closed: it lives as long as the session.
+    let _put = shared.wanted.put(wanted);
 }
 
 /// Reports a task as arrived once its end is known and both its log and its archive are here.

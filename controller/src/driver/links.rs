@@ -1,0 +1,139 @@
+//! What links say, and what it means for queues and tasks.
+
+use millstream_common::{
+    id::TaskId,
+    outcome::{OutcomeKind, Phase, Reason, TaskEnd},
+};
+
+use super::{Driver, LinkPhase, advance};
+use crate::{
+    link::{Order, Report},
+    queue::Event,
+    task::Stage,
+};
+
+impl Driver {
+    pub(super) fn link_said(&mut self, link: usize, report: Report) {
+        match report {
+            Report::Opened(opened) => {
+                self.links[link].opened = *opened;
+                self.links[link].phase = LinkPhase::Up;
+                self.links[link].lost = None;
+                for stream in self.links[link].streams.clone() {
+                    self.write_stream(stream);
+                    self.feed(stream, Event::SessionOpened);
+                }
+            }
+            Report::Suspended => self.session_changed(link, LinkPhase::Suspended, Event::SessionSuspended),
+            Report::Resumed => self.session_changed(link, LinkPhase::Up, Event::SessionResumed),
+            Report::Lost { why, reason } => self.lost(link, why, reason),
+            Report::Clock(clock) => self.links[link].opened.clock = clock,
+            Report::Uploaded { task, result } => self.uploaded(task, result),
+            Report::Accepted { task } => self.of_task(task, |number| Event::Accepted { number }),
+            Report::Rejected { task, reason, why } => {
+                let end = TaskEnd::never_begun(OutcomeKind::Error, reason, why);
+                self.complete(task, end, None);
+                self.of_task(task, |number| Event::Rejected { number });
+            }
+            Report::Staged { task } => self.staged(task),
+            Report::Began { task, phase, time_ns } => self.began(task, link, phase, time_ns),
+            Report::Ended { task, end } => self.ended(task, *end),
+            Report::Arrived { task, problem } => {
+                if let Some(end) = self.works.get_mut(&task).and_then(|work| work.end.take()) {
+                    self.complete(task, end, problem);
+                }
+                self.links[link].link.order(Order::Release { task });
+            }
+            Report::Closed { left_behind } => {
+                self.links[link].phase = LinkPhase::Closed;
+                self.left_behind.extend(left_behind);
+                if self.links.iter().all(|link| link.phase == LinkPhase::Closed) {
+                    self.finish_remaining();
+                }
+            }
+        }
+    }
+
+    pub(super) fn session_changed(&mut self, link: usize, phase: LinkPhase, event: Event) {
+        self.links[link].phase = phase;
+        for stream in self.links[link].streams.clone() {
+            self.feed(stream, event);
+        }
+    }
+
+    pub(super) fn lost(&mut self, link: usize, why: String, reason: Reason) {
+        self.links[link].phase = LinkPhase::Idle;
+        self.links[link].lost = Some((why.clone(), reason));
+        let streams = self.links[link].streams.clone();
+        // Tasks that had ended there: only what they left is missing.
+        let ended: Vec<TaskId> = self
+            .works
+            .iter()
+            .filter(|(_, work)| work.end.is_some() && streams.contains(&work.stream))
+            .map(|(&task, _)| task)
+            .collect();
+        for task in ended {
+            if let Some(end) = self.works.get_mut(&task).and_then(|work| work.end.take()) {
+                self.complete(task, end, Some(why.clone()));
+            }
+        }
+        for stream in streams {
+            self.feed(stream, Event::SessionLost);
+        }
+    }
+
+    pub(super) fn of_task(&mut self, task: TaskId, event: impl FnOnce(u32) -> Event) {
+        let Some(work) = self.works.get(&task) else { return };
+        let (stream, number) = (work.stream, work.shared.stream_number);
+        self.feed(stream, event(number));
+    }
+
+    pub(super) fn uploaded(&mut self, task: TaskId, result: Result<(), String>) {
+        match result {
+            Ok(()) => self.of_task(task, |number| Event::Prepared { number }),
+            Err(why) => {
+                let detail = format!("its files could not be brought to the host: {why}");
+                let end = TaskEnd::never_begun(OutcomeKind::Error, Reason::FileRefused, detail);
+                self.complete(task, end, None);
+                self.of_task(task, |number| Event::Refused { number });
+            }
+        }
+    }
+
+    pub(super) fn staged(&mut self, task: TaskId) {
+        if let Some(work) = self.works.get(&task) {
+            advance(&work.shared, Stage::Staged);
+        }
+    }
+
+    pub(super) fn began(&mut self, task: TaskId, link: usize, phase: Option<Phase>, time_ns: u64) {
+        let Some(work) = self.works.get_mut(&task) else { return };
+        work.phase = phase;
+        work.request = None;
+        let time_ns = self.links[link].opened.clock.to_controller(time_ns);
+        advance(&work.shared, Stage::Began { time_ns });
+        let phase = phase.unwrap_or(Phase::Run);
+        self.setup.sync.task_progress(task, format!("runs its phase {phase}"));
+        self.of_task(task, |number| Event::Began { number });
+    }
+
+    pub(super) fn ended(&mut self, task: TaskId, mut end: TaskEnd) {
+        let Some(work) = self.works.get_mut(&task) else { return };
+        if work.end.is_some() || work.finishing {
+            return;
+        }
+        if end.reason == Reason::TestDeadline {
+            // A stop that the test's user asked for is no failure; this one is.
+            end.outcome = OutcomeKind::TimedOut;
+        }
+        let drains = work.drains && !end.is_expected(work.shared.expectation);
+        work.request = None;
+        let number = work.shared.stream_number;
+        let stream = work.stream;
+        self.tell_end(task, &end);
+        if let Some(work) = self.works.get_mut(&task) {
+            work.end = Some(end);
+        }
+        self.feed(stream, Event::Ended { number, drains });
+    }
+}

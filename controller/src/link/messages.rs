@@ -1,0 +1,87 @@
+//! What a driver and a link say to each other.
+
+use std::time::Duration;
+
+use millstream_common::{
+    id::TaskId,
+    outcome::{Phase, Reason, TaskEnd},
+};
+use millstream_proto::v1;
+
+use crate::{block::compile::Upload, driver::scribe::Recorder, results::timeline::HostClock};
+
+/// What the driver wants of a link.
+#[derive(Debug)]
+pub(crate) enum Order {
+    /// Open a session, unless one is open or being opened.
+    Connect,
+    /// Bring these blobs to the host if it lacks them.
+    Upload { task: TaskId, uploads: Vec<Upload> },
+    /// Hand a task over.
+    Put(Box<Put>),
+    /// Act on a task.
+    Signal { task: TaskId, kind: v1::SignalKind, grace: Option<Duration>, reason: Option<Reason> },
+    /// Everything of these tasks is here: the host may forget them.
+    Release { task: TaskId },
+    /// Close the session and end.
+    Close,
+}
+
+/// A task to be handed over.
+#[derive(Debug)]
+pub(crate) struct Put {
+    pub(crate) task: TaskId,
+    /// All but the session's key.
+    pub(crate) request: v1::StartTaskRequest,
+    /// Where its output goes.
+    pub(crate) recorder: Recorder,
+}
+
+/// What a link tells the driver.
+#[derive(Debug)]
+pub(crate) enum Report {
+    /// A new session is open.
+    Opened(Box<Opened>),
+    /// The connection broke; coming back is being tried.
+    Suspended,
+    /// The connection and the session are back.
+    Resumed,
+    /// No session: it could not be opened, or it is over.
+    Lost { why: String, reason: Reason },
+    /// The clock of the host was measured.
+    Clock(HostClock),
+    /// The blobs are there, or cannot be.
+    Uploaded { task: TaskId, result: Result<(), String> },
+    /// The host has taken the task.
+    Accepted { task: TaskId },
+    /// The host does not take the task.
+    Rejected { task: TaskId, reason: Reason, why: String },
+    /// The task is prepared and, if it is held, waits.
+    Staged { task: TaskId },
+    /// A phase began.
+    Began { task: TaskId, phase: Option<Phase>, time_ns: u64 },
+    /// How the task ended; its output and results may still be under way.
+    Ended { task: TaskId, end: Box<TaskEnd> },
+    /// All output and results of an ended task were handed to its recorder, or cannot be had.
+    Arrived { task: TaskId, problem: Option<String> },
+    /// The session is closed, or could not be closed in time.
+    Closed { left_behind: Vec<String> },
+}
+
+/// What opening a session found.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Opened {
+    pub(crate) version: String,
+    pub(crate) host: v1::HostFacts,
+    pub(crate) capabilities: v1::Capabilities,
+    pub(crate) clock: HostClock,
+}
+
+/// What a link needs to know from its beginning.
+#[derive(Debug, Clone)]
+pub(crate) struct LinkOptions {
+    pub(crate) lease: Duration,
+    pub(crate) exclusive: bool,
+    /// What the controller calls itself, for people.
+    pub(crate) client: String,
+}

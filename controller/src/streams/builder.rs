@@ -1,0 +1,246 @@
+//! How streams are opened: definitions are gathered, the driver is started, nothing is connected.
+
+use std::{
+    env, fmt,
+    path::PathBuf,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use millstream_common::{clock::World, id::TestName, limits, text::spoken};
+use tokio::sync::watch;
+
+use super::{
+    OpenError, Streams,
+    shared::{Core, Registry, TestShared, stream_of},
+};
+use crate::{
+    definition::{self, DEFAULT_PATH, Definition, Definitions, Kinds},
+    driver::{
+        self, Driver, Setup,
+        mailbox::Mailbox,
+        scribe::{OnLog, Scribe},
+    },
+    link::LinkOptions,
+    params::{Origin, Params, sources::Sources},
+    reach::{self, local::Local},
+    results::{Layout, writer::ResultsWriter},
+    sync::host::SyncHost,
+    task::LogLine,
+};
+/// Variable with the directory of results, when the test names none.
+const RESULTS_VARIABLE: &str = "MILLSTREAM_RESULTS_DIR";
+/// Directory of results when nobody names one.
+const RESULTS_DIRECTORY: &str = "results";
+/// Threads of the driver's runtime: one may be busy while the other renews leases.
+const WORKERS_COUNT: usize = 2;
+
+/// How streams are to be opened.
+#[must_use = "nothing is opened before `open`"]
+pub struct StreamsBuilder {
+    name: String,
+    params: Params,
+    path: String,
+    urls: Vec<(String, String)>,
+    results: Option<PathBuf>,
+    layout: Layout,
+    strict: bool,
+    deadline: Duration,
+    lease: Duration,
+    on_log: Vec<OnLog>,
+    environment: bool,
+    world: World,
+}
+
+impl fmt::Debug for StreamsBuilder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("StreamsBuilder").field("name", &self.name).finish_non_exhaustive()
+    }
+}
+
+impl StreamsBuilder {
+    pub(super) fn new(name: String) -> Self {
+        Self {
+            name,
+            params: Params::empty(),
+            path: DEFAULT_PATH.to_owned(),
+            urls: Vec::new(),
+            results: None,
+            layout: Layout::default(),
+            strict: false,
+            deadline: limits::TEST_DEADLINE,
+            lease: limits::LEASE,
+            on_log: Vec::new(),
+            environment: true,
+            world: World::system(),
+        }
+    }
+
+    /// Parameters: they define streams at `/streams/*`.
+    pub fn params(self, params: Params) -> Self {
+        self.params_at(params, DEFAULT_PATH)
+    }
+
+    /// Parameters that define streams at another path, such as `/second/streams/*`.
+    pub fn params_at(mut self, params: Params, path: impl Into<String>) -> Self {
+        self.params = params;
+        self.path = path.into();
+        self
+    }
+
+    /// One stream by its name and URL, such as `tls://foo.example.com:7433` or `local`. The variable `MILLSTREAM_STREAMS`
+    /// comes before it, parameters and configuration files after it.
+    pub fn stream(mut self, name: impl Into<String>, url: impl Into<String>) -> Self {
+        self.urls.push((name.into(), url.into()));
+        self
+    }
+
+    /// Directory of results; without it the variable `MILLSTREAM_RESULTS_DIR`, else `results`.
+    pub fn results_dir(mut self, directory: impl Into<PathBuf>) -> Self {
+        self.results = Some(directory.into());
+        self
+    }
+
+    /// How results are laid out.
+    pub fn layout(mut self, layout: Layout) -> Self {
+        self.layout = layout;
+        self
+    }
+
+    /// Streams that nobody defined are errors. Otherwise they are defined on first use, on this machine.
+    pub fn strict(mut self) -> Self {
+        self.strict = true;
+        self
+    }
+
+    /// How long the whole test may take: one hour unless set, at most 7 days. Then every task is stopped, and fails.
+    pub fn deadline(mut self, deadline: Duration) -> Self {
+        self.deadline = deadline;
+        self
+    }
+
+    /// How long hosts keep the tasks of a controller that they do not hear: 30 s unless set, from 1 s to 24 h.
+    pub fn lease(mut self, lease: Duration) -> Self {
+        self.lease = lease;
+        self
+    }
+
+    /// Called for each line that any block prints, on a thread of the library. Output is not read while it runs, so that a
+    /// slow one slows the reading down, and nothing else.
+    pub fn on_log(mut self, callback: impl Fn(&LogLine) + Send + Sync + 'static) -> Self {
+        self.on_log.push(Arc::new(callback));
+        self
+    }
+
+    /// Takes no streams from the variable `MILLSTREAM_STREAMS` and from configuration files: only what the test says.
+    pub fn only_given(mut self) -> Self {
+        self.environment = false;
+        self
+    }
+
+    fn definitions(&self) -> Result<Vec<Definition>, OpenError> {
+        let kinds = Kinds { registered: reach::registered() };
+        let mut code = Definitions::default();
+        for (name, url) in &self.urls {
+            code.add(definition::from_url(name, url, Origin::named("the test"), &kinds)?)?;
+        }
+        let sources = if self.environment { Sources::of_this_process() } else { Sources::default() };
+        Ok(sources.definitions(code.in_order(), &self.params, &self.path, &kinds)?)
+    }
+
+    /// Opens the streams. Connects nothing: a host is reached when a stream on it is first used.
+    ///
+    /// # Errors
+    /// When a definition or a name is not valid, or the results have no place.
+    pub fn open(self) -> Result<Streams, OpenError> {
+        let test = TestName::new(&self.name).map_err(OpenError::Name)?;
+        let spans = [
+            ("a deadline", self.deadline, Duration::from_millis(1), limits::WAIT_MAX),
+            ("a lease", self.lease, limits::LEASE_MIN, limits::LEASE_MAX),
+        ];
+        for (what, given, min, max) in spans {
+            if given < min || given > max {
+                return Err(OpenError::Span {
+                    what,
+                    given: spoken(given),
+                    min: spoken(min),
+                    max: spoken(max),
+                });
+            }
+        }
+        let definitions = self.definitions()?;
+        let reaches = reach::Surroundings { local: Arc::new(Local::new()) };
+        let mut registry = Registry::default();
+        for definition in definitions {
+            let index = registry.streams.len();
+            let stream = Arc::new(stream_of(definition, index, &reaches)?);
+            registry.by_name.insert(stream.name.clone(), index);
+            registry.streams.push(stream);
+            registry.counts.push(0);
+        }
+        let results = self
+            .results
+            .or_else(|| env::var_os(RESULTS_VARIABLE).filter(|path| !path.is_empty()).map(PathBuf::from))
+            .unwrap_or_else(|| PathBuf::from(RESULTS_DIRECTORY));
+        let writer = ResultsWriter::create(&results, &test, self.layout)?;
+        let scribe = Scribe::start(self.on_log).map_err(OpenError::Driver)?;
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(WORKERS_COUNT)
+            .thread_name("millstream-driver")
+            .enable_all()
+            .build()
+            .map_err(OpenError::Driver)?;
+        let shared = Arc::new(TestShared {
+            test: test.clone(),
+            registry: Mutex::new(registry),
+            unfinished: watch::Sender::new(0),
+        });
+        let inbox = Arc::new(Mailbox::new());
+        let driver = driver::handle(&inbox, runtime.handle());
+        let sync = SyncHost::new(self.world.clone(), runtime.handle());
+        let (ended, receiver) = watch::channel(None);
+        let setup = Setup {
+            world: self.world.clone(),
+            test: test.clone(),
+            deadline: self.deadline,
+            link: LinkOptions { lease: self.lease, exclusive: false, client: client_name(&test) },
+            writer: writer.clone(),
+            scribe,
+            sync: sync.clone(),
+            shared: Arc::clone(&shared),
+            inbox: Arc::clone(&inbox),
+        };
+        let watched = Arc::clone(&shared);
+        std::thread::Builder::new()
+            .name("millstream".to_owned())
+            .spawn(move || {
+                // As a task of the runtime, and not on this thread, it is woken by its neighbours without a detour.
+                let driving = runtime.spawn(async move { Driver::new(setup).run().await });
+                let left_behind = runtime.block_on(driving).unwrap_or_else(|error| {
+                    inbox.close();
+                    watched.abandon();
+                    vec![format!("the driver failed: {error}")]
+                });
+                runtime.shutdown_background();
+                ended.send_replace(Some(left_behind));
+            })
+            .map_err(OpenError::Driver)?;
+        let core = Arc::new(Core {
+            shared,
+            driver,
+            sync,
+            world: self.world,
+            writer,
+            reaches,
+            strict: self.strict,
+            ended: receiver,
+        });
+        Ok(Streams { core, closed: false })
+    }
+}
+
+/// What operators see of this controller.
+fn client_name(test: &TestName) -> String {
+    let host = rustix::system::uname().nodename().to_string_lossy().into_owned();
+    format!("{test} on {host}, process {}", std::process::id())
+}
