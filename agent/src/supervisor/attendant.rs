@@ -4,8 +4,10 @@
 //! One attendant a task, each in a small loop of its own on the supervisor's thread. It decides nothing: what follows
 //! what is written in `task.rs`. What may take long (copying many files, packing results) it hands to other threads.
 
+mod outputs;
+mod staging;
+
 use std::{
-    collections::BTreeMap,
     fs, io,
     os::fd::{AsFd as _, OwnedFd},
     path::{Path, PathBuf},
@@ -18,36 +20,31 @@ use millstream_common::{
     limits,
     log::LogChannel,
     outcome::{ArchiveInfo, LeakedProcess, Reason, TaskEnd},
-    spec::{FileSource, ShippedFile, TaskSpec},
+    spec::{ShippedFile, TaskSpec},
 };
 use millstream_proto::v1;
 use prost::Message as _;
-use tokio::{
-    io::{Interest, unix::AsyncFd},
-    sync::mpsc,
-};
+use tokio::sync::mpsc;
 use tracing::{info, warn};
 
 use super::{
-    account::{self, Account},
-    blobs::{Blobs, Owner},
+    account::Account,
+    blobs::Blobs,
     cgroup::{self, GroupError, Hierarchies, LimitGroups},
-    process::{Launch, moved, watch},
+    process::{Launch, moved},
     relay::Relay,
     spares::Spares,
-    spool::{Quota, SpoolWriter},
+    spool::SpoolWriter,
     task::{Action, Event, Refusal, Sealed},
     tree::{Ended, Happened, Started, Tree},
-    workspace::{Workspace, WorkspaceError},
+    workspace::Workspace,
 };
-use crate::entry::{Relaunch, is_entry_variable};
+use crate::entry::Relaunch;
+pub(crate) use outputs::OutputEnds;
+use outputs::{CHANNELS, Outputs, PIPE_BYTES, Read};
 
 /// Orders that wait for an attendant: a machine gives few before it is told what came of them, and people send signals.
 pub(crate) const ORDERS_COUNT_MAX: usize = 64;
-/// Files that are put in place without leaving the supervisor's thread.
-const QUICK_FILES_COUNT_MAX: usize = 8;
-/// Room in an output pipe: what one read takes.
-const PIPE_BYTES: usize = limits::CHUNK_BYTES;
 /// Where a task's record lies in its directory.
 pub(crate) const RECORD_FILE: &str = "end.pb";
 /// Where its specification lies.
@@ -241,120 +238,6 @@ impl Attendant {
     async fn send(&self, told: Told) {
         // A supervisor that has ended has nobody to be told.
         let _gone: Result<(), _> = self.around.told.send(told).await;
-    }
-
-    async fn prepare(&mut self) -> Result<Staged, Refusal> {
-        let account = self.account()?;
-        let owner = account.as_ref().map(|account| Owner { uid: account.uid, gid: account.gid });
-        let workspace = self.make_workspace(owner).await?;
-        let exhausted = |what: &str, error: &dyn std::fmt::Display| Refusal {
-            reason: Reason::HostExhausted,
-            detail: format!("failed to {what}: {error}"),
-        };
-        let quota = Quota { head_bytes: self.spec.log_head_bytes, tail_bytes: self.spec.log_tail_bytes };
-        let spool = SpoolWriter::create(self.directory.join("spool"), quota)
-            .map_err(|error| exhausted("make the log of the task", &error))?;
-        *locked(&self.spool) = Some(spool);
-        let (outputs, ends) = Outputs::new().map_err(|error| exhausted("make the output pipes", &error))?;
-        let name = self.task.short();
-        let tree = match &self.around.cgroup {
-            Some(session) => Tree::in_group(session.join(format!("t-{name}")), ends)
-                .map_err(|error| exhausted("contain the task", &told_in_full(&error)))?,
-            None => Tree::under_shim(&self.around.relaunch, ends)
-                .map_err(|error| exhausted("start the shim of the task", &error))?,
-        };
-        let legacy = format!("millstream-{name}");
-        let groups = LimitGroups::create(&self.around.hierarchies, tree.group(), &legacy, &self.spec.limits)
-            .map_err(|error| Refusal {
-                reason: Reason::LimitsUnavailable,
-                detail: format!("the limits of the block cannot be set: {}", told_in_full(&error)),
-            })?;
-        let socket = socket_path(&self.around.session_dir, self.task);
-        let opened = self.around.relay.open(self.task, &socket, owner.map(|owner| (owner.uid, owner.gid)));
-        let has_socket = match opened {
-            Ok(()) => true,
-            Err(error) => {
-                // A block that meets nobody can run without it; one that does is told by the missing file.
-                warn!(task_id = %self.task, error = %told_in_full(&error), "no sync socket for this task");
-                false
-            }
-        };
-        let environment = self.environment(&workspace, account.as_ref(), &socket);
-        Ok(Staged { workspace, environment, account, tree, groups, outputs, launch: None, has_socket })
-    }
-
-    /// Whom the block runs as, when that is not who we are.
-    fn account(&self) -> Result<Option<Account>, Refusal> {
-        let Some(user) = &self.spec.user else { return Ok(None) };
-        let refused = |detail| Refusal { reason: Reason::UserRefused, detail };
-        let account = account::find(user).map_err(|error| refused(told_in_full(&error)))?;
-        let own = rustix::process::geteuid();
-        if account.uid == own.as_raw() {
-            return Ok(None);
-        }
-        if !own.is_root() {
-            return Err(refused(format!(
-                "the agent runs as user number {} and cannot become `{user}`: run it as root, or as that user",
-                own.as_raw()
-            )));
-        }
-        Ok(Some(account))
-    }
-
-    async fn make_workspace(&mut self, owner: Option<Owner>) -> Result<Workspace, Refusal> {
-        let secret_files = std::mem::take(&mut self.secret_files);
-        let is_small =
-            |file: &ShippedFile| !matches!(file.source, FileSource::Blob(_)) || file.mode & 0o111 != 0;
-        let all = || self.spec.files.iter().chain(&secret_files);
-        let made = if all().count() <= QUICK_FILES_COUNT_MAX && all().all(is_small) {
-            let (blobs, spares) = (&self.around.blobs, &self.around.spares);
-            Workspace::create(&self.directory, &self.spec, &secret_files, blobs, spares, owner)
-        } else {
-            let (directory, spec, blobs) =
-                (self.directory.clone(), self.spec.clone(), self.around.blobs.clone());
-            let spares = self.around.spares.clone();
-            let making = move || Workspace::create(&directory, &spec, &secret_files, &blobs, &spares, owner);
-            tokio::task::spawn_blocking(making).await.unwrap_or_else(|error| {
-                let source = io::Error::other(error);
-                Err(WorkspaceError::Directory { path: self.directory.clone(), source })
-            })
-        };
-        made.map_err(|error| Refusal { reason: error.reason(), detail: told_in_full(&error) })
-    }
-
-    /// The whole environment of the block. What stands later wins.
-    fn environment(
-        &self,
-        workspace: &Workspace,
-        account: Option<&Account>,
-        socket: &Path,
-    ) -> Vec<(String, String)> {
-        let text = |path: &Path| path.to_string_lossy().into_owned();
-        let base = self.around.base_environment.iter().filter(|(name, _)| !is_entry_variable(name.as_ref()));
-        let mut variables: BTreeMap<String, String> = base.cloned().collect();
-        if let Some(account) = account {
-            variables.extend([
-                ("HOME".to_owned(), text(&account.home)),
-                ("USER".to_owned(), account.name.clone()),
-                ("LOGNAME".to_owned(), account.name.clone()),
-                ("SHELL".to_owned(), account.shell.clone()),
-            ]);
-        }
-        variables.extend(self.spec.environment.iter().map(|(name, value)| (name.clone(), value.clone())));
-        variables.extend(workspace.variables().iter().cloned());
-        variables.extend([
-            ("MILLSTREAM_OUTPUT".to_owned(), text(workspace.output())),
-            ("MILLSTREAM_WHITEBOARD".to_owned(), text(workspace.whiteboard())),
-            ("MILLSTREAM_PRIVATE".to_owned(), text(workspace.private())),
-            ("MILLSTREAM_SYNC".to_owned(), text(socket)),
-            ("MILLSTREAM_TASK".to_owned(), self.task.to_string()),
-            ("MILLSTREAM_STREAM".to_owned(), self.spec.stream.to_string()),
-        ]);
-        let commands = text(&self.around.session_dir.join("bin"));
-        let path =
-            variables.entry("PATH".to_owned()).or_insert_with(|| "/usr/local/bin:/usr/bin:/bin".to_owned());
-        *path = format!("{commands}:{path}");
-        variables.into_iter().collect()
     }
 
     async fn start_phase(&mut self, index: usize, held: bool) {
@@ -636,118 +519,5 @@ pub(crate) fn write_record(directory: &Path, end: &v1::TaskEnd) -> io::Result<()
 impl From<GroupError> for Refusal {
     fn from(error: GroupError) -> Self {
         Self { reason: Reason::HostExhausted, detail: told_in_full(&error) }
-    }
-}
-
-const CHANNELS: [LogChannel; 2] = [LogChannel::Stdout, LogChannel::Stderr];
-
-/// What one read gave.
-enum Read {
-    /// So many bytes.
-    Bytes(usize),
-    /// Nothing now, but somebody could still write.
-    Nothing,
-    /// Nobody can write any more.
-    End,
-}
-
-/// Read ends of the two output pipes of a task.
-struct Outputs {
-    stdout: Output,
-    stderr: Output,
-}
-
-struct Output {
-    pipe: AsyncFd<OwnedFd>,
-    at_end: bool,
-}
-
-/// Write ends of the two pipes.
-#[derive(Debug)]
-pub(crate) struct OutputEnds {
-    pub(crate) stdout: OwnedFd,
-    pub(crate) stderr: OwnedFd,
-}
-
-impl Outputs {
-    fn new() -> io::Result<(Self, OutputEnds)> {
-        let (stdout, stdout_end) = Output::new()?;
-        let (stderr, stderr_end) = Output::new()?;
-        Ok((Self { stdout, stderr }, OutputEnds { stdout: stdout_end, stderr: stderr_end }))
-    }
-
-    /// Waits until one of them has something.
-    async fn readable(&self) -> LogChannel {
-        tokio::select! {
-            () = self.stdout.readable() => LogChannel::Stdout,
-            () = self.stderr.readable() => LogChannel::Stderr,
-        }
-    }
-
-    /// Takes at most one piece into the spool.
-    fn read(&mut self, channel: LogChannel, spool: &SharedSpool, world: &World) -> Read {
-        thread_local! {
-            static PIECE: std::cell::RefCell<Vec<u8>> = std::cell::RefCell::new(vec![0; limits::CHUNK_BYTES]);
-        }
-        let output = if channel == LogChannel::Stderr { &mut self.stderr } else { &mut self.stdout };
-        PIECE.with_borrow_mut(|piece| match output.read(piece) {
-            Some(0) => Read::End,
-            Some(length) => {
-                if let Some(spool) = &mut *locked(spool) {
-                    // What cannot be written is counted, and told at the end of the task.
-                    let _kept: io::Result<u64> =
-                        spool.append(channel, world.clock.wall_ns(), &piece[..length]);
-                }
-                Read::Bytes(length)
-            }
-            None => Read::Nothing,
-        })
-    }
-}
-
-impl Output {
-    fn new() -> io::Result<(Self, OwnedFd)> {
-        let (ours, theirs) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)?;
-        // Fewer wake-ups for much output; where the system refuses, the usual size does.
-        let _size = rustix::pipe::fcntl_setpipe_size(&ours, PIPE_BYTES);
-        rustix::io::ioctl_fionbio(&ours, true)?;
-        Ok((Self { pipe: watch(ours, Interest::READABLE)?, at_end: false }, theirs))
-    }
-
-    async fn readable(&self) {
-        if self.at_end {
-            return std::future::pending().await;
-        }
-        // It fails only when the runtime is going away.
-        if self.pipe.readable().await.map(|mut guard| guard.retain_ready()).is_err() {
-            std::future::pending::<()>().await;
-        }
-    }
-
-    /// Bytes read, zero at the end, none when there is nothing now.
-    fn read(&mut self, piece: &mut [u8]) -> Option<usize> {
-        // Looked at before the read: what becomes readable after it must not be forgotten with it.
-        let mut context = std::task::Context::from_waker(std::task::Waker::noop());
-        let readiness = self.pipe.poll_read_ready(&mut context);
-        loop {
-            match rustix::io::read(self.pipe.get_ref(), &mut *piece) {
-                Ok(length) => {
-                    self.at_end = length == 0;
-                    return Some(length);
-                }
-                Err(rustix::io::Errno::INTR) => {}
-                Err(rustix::io::Errno::AGAIN) => {
-                    if let std::task::Poll::Ready(Ok(mut guard)) = readiness {
-                        guard.clear_ready();
-                    }
-                    return None;
-                }
-                Err(error) => {
-                    warn!(%error, "an output pipe cannot be read");
-                    self.at_end = true;
-                    return Some(0);
-                }
-            }
-        }
     }
 }

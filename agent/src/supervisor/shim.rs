@@ -49,7 +49,7 @@ pub(crate) enum Order {
     /// Make the process of a phase.
     Start {
         /// What to run.
-        launch: Launch,
+        launch: Box<Launch>,
         /// Control groups of version 1 that it enters.
         joins: Vec<PathBuf>,
     },
@@ -481,7 +481,7 @@ mod tests {
                 moved: None,
                 held: false,
             };
-            self.order(&Order::Start { launch, joins: Vec::new() });
+            self.order(&Order::Start { launch: Box::new(launch), joins: Vec::new() });
         }
 
         fn told(&mut self) -> Told {

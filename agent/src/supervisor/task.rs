@@ -12,182 +12,19 @@
 //! steps: terminate, grace, kill, give up. It owns no process, writes no record and asks no clock: it tells what is to be
 //! done and is told what came of it.
 
+mod verdict;
+mod words;
+
 use std::time::{Duration, Instant};
 
 use millstream_common::{
     limits,
-    outcome::{ArchiveInfo, Exit, LeakedProcess, LogTotals, OutcomeKind, PhaseEnd, Reason, TaskEnd},
+    outcome::{Exit, LeakedProcess, OutcomeKind, PhaseEnd, Reason},
     spec::{FailurePolicy, Phase, PhaseSpec, TaskSpec},
-    text::{printable, spoken},
 };
 
-/// The signal that asks.
-pub(crate) const TERMINATE: i32 = 15;
-/// The signal that does not ask.
-pub(crate) const KILL: i32 = 9;
-/// How much of a command a sentence shows.
-const COMMAND_SHOWN_BYTES: usize = 120;
-
-/// Why something could not be begun.
-#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-pub(crate) struct Refusal {
-    /// The fixed word.
-    pub(crate) reason: Reason,
-    /// What was attempted and what the system answered, in one sentence.
-    pub(crate) detail: String,
-}
-
-/// Why the session is over.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum SessionEnd {
-    /// The controller was silent for longer than the lease.
-    LeaseExpired,
-    /// The controller closed it.
-    Closed,
-}
-
-impl SessionEnd {
-    const fn reason(self) -> Reason {
-        match self {
-            Self::LeaseExpired => Reason::LeaseExpired,
-            Self::Closed => Reason::SessionClosed,
-        }
-    }
-
-    const fn sentence(self) -> &'static str {
-        match self {
-            Self::LeaseExpired => "the controller was silent for longer than the lease",
-            Self::Closed => "the controller closed the session",
-        }
-    }
-}
-
-/// What happened.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum Event {
-    /// The task is next in line: its files may be put in place.
-    BecameNext,
-    /// The task before it has ended.
-    TurnCame,
-    /// The files are in place.
-    Prepared,
-    /// The files could not be put in place.
-    NotPrepared(Refusal),
-    /// The controller lets a held task go.
-    GoOrdered,
-    /// The controller takes the task back.
-    CancelOrdered,
-    /// The controller ends the task.
-    StopOrdered {
-        /// Instead of the task's own grace period.
-        grace: Option<Duration>,
-        /// Whether the deadline of the whole test is why.
-        deadline: bool,
-    },
-    /// The controller sends a signal to the running phase.
-    SignalOrdered(i32),
-    /// The task before it ended unexpectedly and the stream drains.
-    Drained {
-        /// Number and name of that task.
-        after: String,
-    },
-    /// The session is over.
-    SessionEnded(SessionEnd),
-    /// The process of the ordered phase exists. A held one has not begun its program.
-    PhaseStarted {
-        /// Its number.
-        pid: u32,
-        /// Wall clock.
-        wall_ns: u64,
-    },
-    /// A held process was let go.
-    Went {
-        /// Wall clock.
-        wall_ns: u64,
-    },
-    /// The program of the ordered or running phase could not be started.
-    PhaseNotStarted(Refusal),
-    /// The process of the running phase is gone.
-    PhaseExited {
-        /// How.
-        exit: Exit,
-        /// Whether memory ran out in the tree.
-        out_of_memory: bool,
-    },
-    /// Nothing of the task's tree is left, or what is left cannot be ended; its output has been read.
-    TreeEnded {
-        /// Processes that had to be ended; the first few.
-        leaked: Vec<LeakedProcess>,
-        /// Number of all of them.
-        leaked_count: u32,
-        /// Those that could not be ended.
-        survivors: u32,
-        /// Wall clock.
-        wall_ns: u64,
-    },
-    /// Log and results are complete on disk.
-    Sealed(Box<Sealed>),
-    /// The terminal record is written.
-    Recorded,
-    /// Time has passed.
-    TimePassed,
-}
-
-/// What a task has left behind.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub(crate) struct Sealed {
-    /// What was printed.
-    pub(crate) log: LogTotals,
-    /// The results, if there are any.
-    pub(crate) archive: Option<ArchiveInfo>,
-    /// The last lines printed.
-    pub(crate) last_lines: Vec<String>,
-    /// What was left out of the results.
-    pub(crate) skipped: Vec<String>,
-    /// What went wrong while they were sealed, one sentence.
-    pub(crate) trouble: Option<String>,
-}
-
-/// What is to be done.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum Action {
-    /// Make the directories and put the files in place.
-    Prepare,
-    /// Create the process of this phase; a held one waits before its program.
-    StartPhase {
-        /// Index of the phase in the specification.
-        index: usize,
-        /// Whether it is held.
-        held: bool,
-    },
-    /// Let the held process begin its program.
-    LetGo,
-    /// Send a signal to the processes of the running phase.
-    Signal(i32),
-    /// End every process of the task, then read what is left of its output.
-    EndTree,
-    /// Complete log and results.
-    Seal,
-    /// Write the terminal record, then say so.
-    Record(Box<TaskEnd>),
-    /// Tell those who watch that state, phase or process changed.
-    Announce,
-}
-
-/// Where a task is, in the words of the protocol.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Stage {
-    /// Waits for the task before it.
-    Queued,
-    /// Its files are in place.
-    Staged,
-    /// A phase runs.
-    Running,
-    /// Its last phase has ended.
-    Ending,
-    /// It has a terminal record.
-    Finished,
-}
+use verdict::Verdict;
+pub(crate) use words::{Action, Event, KILL, Refusal, Sealed, SessionEnd, Stage, TERMINATE};
 
 #[derive(Debug)]
 enum State {
@@ -252,16 +89,6 @@ impl Why {
 enum Pending {
     Stop { grace: Duration, deadline: bool },
     SessionEnd(SessionEnd),
-}
-
-/// What came of the task, decided by the first thing that went wrong.
-#[derive(Debug, Clone)]
-struct Verdict {
-    outcome: OutcomeKind,
-    reason: Reason,
-    phase: Option<Phase>,
-    exit: Option<Exit>,
-    detail: String,
 }
 
 /// The life of one task.
@@ -415,32 +242,6 @@ impl Machine {
     /// Whether it has ended and the tasks behind it are to be cancelled.
     pub(crate) fn drains(&self) -> bool {
         self.drains && self.unexpected
-    }
-
-    /// Why it is where it is, in one sentence; for a waiting task the queue knows more.
-    pub(crate) fn explain(&self) -> String {
-        match &self.state {
-            State::Queued | State::Ready => "waits for the task before it".to_owned(),
-            State::Preparing { .. } => "its files are being put in place".to_owned(),
-            State::Starting { index, .. } => format!("phase {} is being started", self.phases[*index].phase),
-            State::Held => "is ready and waits for the order to go".to_owned(),
-            State::Running(Running { index, step, .. }) => {
-                let phase = self.phases[*index].phase;
-                match step {
-                    Step::Free { .. } => format!("runs phase {phase}"),
-                    Step::Terminating { why, .. } => {
-                        format!("phase {phase} was asked to end: {}", describe(*why))
-                    }
-                    Step::Killing { why, .. } => format!("phase {phase} was killed: {}", describe(*why)),
-                }
-            }
-            State::EndingTree => {
-                "its last phase has ended and what it left running is being ended".to_owned()
-            }
-            State::Sealing => "its log and results are being completed".to_owned(),
-            State::Recording => "its end is being recorded".to_owned(),
-            State::Finished => "has ended".to_owned(),
-        }
     }
 
     fn prepare(&mut self, turn_came: bool, actions: &mut Vec<Action>) {
@@ -610,51 +411,6 @@ impl Machine {
         self.go_on(index, passed, now, actions);
     }
 
-    fn judge(
-        &self,
-        index: usize,
-        step: Step,
-        exit: Option<Exit>,
-        out_of_memory: bool,
-        duration: Duration,
-    ) -> (OutcomeKind, Reason, String) {
-        let command = self.command(index);
-        match (step, exit) {
-            (Step::Terminating { why, .. } | Step::Killing { why, .. }, exit) => {
-                let (outcome, reason) = why.outcome();
-                let how = match (step, exit) {
-                    (_, None) => "killed, and could not be ended",
-                    (Step::Killing { .. }, _) => "killed",
-                    _ => "terminated",
-                };
-                let detail = match why {
-                    Why::Timeout => {
-                        let limit = self.phases[index].timeout.unwrap_or(limits::TEARDOWN_MAX);
-                        format!("{command} still ran after its limit of {} and was {how}", spoken(limit))
-                    }
-                    Why::Stop { .. } => {
-                        format!("{command} was {how} after {}: {}", spoken(duration), describe(why))
-                    }
-                };
-                (outcome, reason, detail)
-            }
-            (Step::Free { .. }, Some(Exit::Code(0))) => (OutcomeKind::Passed, Reason::Exited, String::new()),
-            (Step::Free { .. }, Some(exit)) if out_of_memory => {
-                let detail = format!("{command} ended with {exit}: memory ran out in its process tree");
-                (OutcomeKind::Killed, Reason::OutOfMemory, detail)
-            }
-            (Step::Free { .. }, Some(exit @ Exit::Code(_))) => {
-                (OutcomeKind::Failed, Reason::Exited, format!("{command} ended with {exit}"))
-            }
-            (Step::Free { .. }, Some(exit @ Exit::Signal(_))) => {
-                (OutcomeKind::Killed, Reason::Signaled, format!("{command} was ended by {exit}"))
-            }
-            (Step::Free { .. }, None) => {
-                (OutcomeKind::Killed, Reason::Signaled, format!("{command} is gone without a trace"))
-            }
-        }
-    }
-
     /// What follows a phase: the next one if it passed, else the teardown, else the end.
     fn go_on(&mut self, index: usize, passed: bool, now: Instant, actions: &mut Vec<Action>) {
         let next =
@@ -790,73 +546,6 @@ impl Machine {
         }
     }
 
-    fn record_sealed(&mut self, sealed: Sealed, actions: &mut Vec<Action>) {
-        let State::Sealing = self.state else { return };
-        let last = self.ends.last();
-        let mut verdict = self.verdict.take().unwrap_or(Verdict {
-            outcome: OutcomeKind::Passed,
-            reason: Reason::Exited,
-            phase: last.map(|end| end.phase),
-            exit: last.and_then(|end| end.exit),
-            detail: String::new(),
-        });
-        if verdict.exit.is_none()
-            && let Some(end) = last.filter(|end| Some(end.phase) == verdict.phase)
-        {
-            verdict.exit = end.exit;
-        }
-        if let Some(trouble) = sealed.trouble {
-            let between = if verdict.detail.is_empty() { "" } else { "; " };
-            verdict.detail = format!("{}{between}{trouble}", verdict.detail);
-        }
-        let end = TaskEnd {
-            outcome: verdict.outcome,
-            reason: verdict.reason,
-            phase: verdict.phase,
-            exit: verdict.exit,
-            detail: printable(verdict.detail.as_bytes(), limits::TEXT_BYTES_MAX - '…'.len_utf8()),
-            start_time_ns: self.start_time_ns,
-            end_time_ns: self.end_time_ns,
-            run_duration: self.run_duration,
-            phases: std::mem::take(&mut self.ends),
-            leaked: std::mem::take(&mut self.leaked),
-            leaked_count: self.leaked_count,
-            log: sealed.log,
-            archive: sealed.archive,
-            last_lines: sealed.last_lines,
-            skipped: sealed.skipped,
-        };
-        self.record(end, actions);
-    }
-
-    fn record_unbegun(&mut self, actions: &mut Vec<Action>) {
-        let verdict = self.verdict.take().expect("who is not begun was refused or taken back");
-        let detail = printable(verdict.detail.as_bytes(), limits::TEXT_BYTES_MAX - '…'.len_utf8());
-        self.record(TaskEnd::never_begun(verdict.outcome, verdict.reason, detail), actions);
-    }
-
-    fn record(&mut self, end: TaskEnd, actions: &mut Vec<Action>) {
-        self.unexpected = !end.is_expected(self.expectation);
-        self.state = State::Recording;
-        actions.push(Action::Record(Box::new(end)));
-    }
-
-    /// The first verdict stands.
-    fn decide(
-        &mut self,
-        outcome: OutcomeKind,
-        reason: Reason,
-        phase: Option<Phase>,
-        exit: Option<Exit>,
-        detail: String,
-    ) {
-        self.verdict.get_or_insert(Verdict { outcome, reason, phase, exit, detail });
-    }
-
-    fn command(&self, index: usize) -> String {
-        format!("`{}`", printable(self.phases[index].argv.join(" ").as_bytes(), COMMAND_SHOWN_BYTES))
-    }
-
     #[cfg(test)]
     fn assert_invariants(&self) {
         let running = matches!(self.state, State::Running(_));
@@ -881,14 +570,6 @@ fn force(running: &mut Running, why: Why, grace: Duration, now: Instant, actions
     } else {
         running.step = Step::Terminating { why, kill_at: now + grace };
         actions.push(Action::Signal(TERMINATE));
-    }
-}
-
-const fn describe(why: Why) -> &'static str {
-    match why {
-        Why::Timeout => "it had reached its limit",
-        Why::Stop { deadline: false } => "the controller stopped it",
-        Why::Stop { deadline: true } => "the deadline of the whole test had passed",
     }
 }
 

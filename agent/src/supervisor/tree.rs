@@ -145,7 +145,7 @@ impl Tree {
                 Ok(Started::Now(pid))
             }
             Kind::Shim { stream, running, .. } => {
-                let order = Order::Start { launch: launch.clone(), joins: groups.join_paths() };
+                let order = Order::Start { launch: Box::new(launch.clone()), joins: groups.join_paths() };
                 let sent = match shim::encode(&order) {
                     Ok(bytes) => stream.write_all(&bytes).await,
                     Err(error) => Err(error),

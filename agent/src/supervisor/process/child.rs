@@ -1,0 +1,345 @@
+//! What a new process does between its making and its program: system calls only.
+//!
+//! Everything it needs is made before it exists, for it may neither allocate nor take a lock. What it cannot do it tells
+//! through a pipe and ends.
+
+use std::{
+    ffi::{CString, c_char, c_int},
+    io,
+    os::{
+        fd::{AsRawFd, BorrowedFd, FromRawFd as _, OwnedFd, RawFd},
+        unix::ffi::OsStrExt as _,
+    },
+    ptr,
+    sync::OnceLock,
+};
+
+use super::{Channels, Launch, SpawnError, Step};
+
+/// Descriptors below may be given to the block: what the child itself needs is moved above.
+const OWN_DESCRIPTOR_MIN: RawFd = 16;
+/// How often a program that is being written is tried again, 5 ms apart: another process that is just being made may
+/// hold it open for writing, for as long as it takes to begin its own program.
+const BUSY_TRIES_MAX: u32 = 400;
+const BUSY_PAUSE_NS: i64 = 5_000_000;
+
+/// Everything the child needs, made before it exists: between fork and exec it may neither allocate nor lock.
+pub(super) struct Image {
+    candidates: Vec<CString>,
+    _argv: Vec<CString>,
+    argv_pointers: Vec<*const c_char>,
+    _environment: Vec<CString>,
+    environment_pointers: Vec<*const c_char>,
+    directory: CString,
+    ids: Option<(u32, u32)>,
+    groups: Vec<u32>,
+    moved: Option<(RawFd, RawFd)>,
+    null: RawFd,
+    stdout: RawFd,
+    stderr: RawFd,
+    joins: Vec<RawFd>,
+    report: RawFd,
+    gate: Option<RawFd>,
+    ignored: &'static [c_int],
+}
+
+impl Image {
+    pub(super) fn new(
+        launch: &Launch,
+        channels: Channels<'_>,
+        joins: Vec<RawFd>,
+        report: &OwnedFd,
+        gate: Option<&OwnedFd>,
+    ) -> Result<Self, SpawnError> {
+        let text = |what, bytes: &[u8]| CString::new(bytes).map_err(|_| SpawnError::Nul { what });
+        let candidates: Result<Vec<_>, _> =
+            launch.candidates().iter().map(|path| text("program", path.as_os_str().as_bytes())).collect();
+        let argv: Result<Vec<_>, _> =
+            launch.argv.iter().map(|word| text("argument list", word.as_bytes())).collect();
+        let environment: Result<Vec<_>, _> = launch
+            .environment
+            .iter()
+            .map(|(name, value)| {
+                text("environment", [name.as_bytes(), b"=", value.as_bytes()].concat().as_slice())
+            })
+            .collect();
+        let (argv, environment) = (argv?, environment?);
+        let pointers = |texts: &[CString]| {
+            texts.iter().map(|text| text.as_ptr()).chain([ptr::null()]).collect::<Vec<*const c_char>>()
+        };
+        Ok(Self {
+            candidates: candidates?,
+            argv_pointers: pointers(&argv),
+            _argv: argv,
+            environment_pointers: pointers(&environment),
+            _environment: environment,
+            directory: text("working directory", launch.working_directory.as_os_str().as_bytes())?,
+            ids: launch.user.as_ref().map(|user| (user.uid, user.gid)),
+            groups: launch.user.as_ref().map(|user| user.groups.clone()).unwrap_or_default(),
+            moved: launch.moved,
+            null: channels.null.as_raw_fd(),
+            stdout: channels.stdout.as_raw_fd(),
+            stderr: channels.stderr.as_raw_fd(),
+            joins,
+            report: report.as_raw_fd(),
+            gate: gate.map(AsRawFd::as_raw_fd),
+            ignored: ignored_signals(),
+        })
+    }
+}
+
+const CLONE_PIDFD: u64 = 0x1000;
+const CLONE_CLEAR_SIGHAND: u64 = 1 << 32;
+const CLONE_INTO_CGROUP: u64 = 1 << 33;
+
+#[repr(C)]
+#[derive(Default)]
+struct CloneArguments {
+    flags: u64,
+    pidfd: u64,
+    child_tid: u64,
+    parent_tid: u64,
+    exit_signal: u64,
+    stack: u64,
+    stack_size: u64,
+    tls: u64,
+    set_tid: u64,
+    set_tid_size: u64,
+    cgroup: u64,
+}
+
+/// Forks; the child does not return from here.
+#[expect(unsafe_code, reason = "no safe interface makes a process inside a control group")]
+pub(super) fn make(image: &Image, cgroup: Option<BorrowedFd<'_>>) -> io::Result<(u32, OwnedFd)> {
+    let mut pidfd: c_int = -1;
+    let mut arguments = CloneArguments {
+        flags: CLONE_PIDFD | CLONE_CLEAR_SIGHAND,
+        pidfd: ptr::from_mut(&mut pidfd) as u64,
+        exit_signal: u64::from(libc::SIGCHLD.unsigned_abs()),
+        ..CloneArguments::default()
+    };
+    if let Some(cgroup) = cgroup {
+        arguments.flags |= CLONE_INTO_CGROUP;
+        arguments.cgroup = u64::from(cgroup.as_raw_fd().unsigned_abs());
+    }
+    // SAFETY: both sets are valid for the calls. While all signals are blocked no handler of this process can run in the
+    // child, where it would act on descriptors that are shared with us.
+    let mut before = unsafe { std::mem::zeroed::<libc::sigset_t>() };
+    // SAFETY: as above.
+    unsafe {
+        let mut all = std::mem::zeroed::<libc::sigset_t>();
+        libc::sigfillset(&raw mut all);
+        libc::pthread_sigmask(libc::SIG_SETMASK, &raw const all, &raw mut before);
+    }
+    // SAFETY: the arguments are valid and as long as said. Without a shared address space this is a fork: the child goes
+    // on with a copy of this stack and calls `run_child` alone, which keeps to what is safe there and never returns.
+    let made = unsafe {
+        let made = libc::syscall(libc::SYS_clone3, &raw mut arguments, size_of::<CloneArguments>());
+        if made == 0 {
+            run_child(image)
+        }
+        if made < 0 && *libc::__errno_location() == libc::ENOSYS && cgroup.is_none() {
+            make_the_old_way(image, &mut pidfd)
+        } else {
+            made
+        }
+    };
+    let error = io::Error::last_os_error();
+    // SAFETY: `before` was filled in above.
+    unsafe {
+        libc::pthread_sigmask(libc::SIG_SETMASK, &raw const before, ptr::null_mut());
+    }
+    let Ok(pid @ 1..) = u32::try_from(made) else { return Err(error) };
+    // SAFETY: the kernel has just made this descriptor for us.
+    Ok((pid, unsafe { OwnedFd::from_raw_fd(pidfd) }))
+}
+
+/// For sandboxes that refuse `clone3`.
+#[expect(unsafe_code, reason = "see `make`")]
+unsafe fn make_the_old_way(image: &Image, pidfd: &mut c_int) -> libc::c_long {
+    let flags = CLONE_PIDFD | u64::from(libc::SIGCHLD.unsigned_abs());
+    // SAFETY: as in `make`; with these flags the third argument is where the descriptor goes.
+    unsafe {
+        let made = libc::syscall(libc::SYS_clone, flags, 0_u64, ptr::from_mut(pidfd), 0_u64, 0_u64);
+        if made == 0 {
+            run_child(image)
+        }
+        made
+    }
+}
+
+/// The child between fork and exec: system calls only.
+#[expect(unsafe_code, reason = "a child of a process with threads may only make system calls")]
+unsafe fn run_child(image: &Image) -> ! {
+    // SAFETY: every pointer is into `image`, which lives on the copied stack and heap; every call is safe after fork.
+    unsafe {
+        let report = raise(image.report);
+        let failed = fail_with(report);
+        for &signal in image.ignored {
+            libc::signal(signal, libc::SIG_DFL);
+        }
+        libc::setsid();
+        for &join in &image.joins {
+            if libc::write(join, c"0".as_ptr().cast(), 1) != 1 {
+                failed(Step::Limits);
+            }
+        }
+        let gate = image.gate.map_or(-1, |gate| raise(gate));
+        if !place_descriptors(image) {
+            failed(Step::Descriptors);
+        }
+        close_all_but(image, report, gate);
+        if gate >= 0 {
+            let mut go = 0_u8;
+            // Whoever held the other end is gone: nobody will ever let this process go.
+            if libc::read(gate, (&raw mut go).cast(), 1) != 1 {
+                libc::_exit(0);
+            }
+            libc::close(gate);
+        }
+        if let Some((uid, gid)) = image.ids
+            && !become_user(uid, gid, &image.groups)
+        {
+            failed(Step::User);
+        }
+        if libc::chdir(image.directory.as_ptr()) != 0 {
+            failed(Step::Directory);
+        }
+        // If we die first, this process must not go on: nobody would know what came of it.
+        libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+        let mut none = std::mem::zeroed::<libc::sigset_t>();
+        libc::sigemptyset(&raw mut none);
+        libc::sigprocmask(libc::SIG_SETMASK, &raw const none, ptr::null_mut());
+        execute(image);
+        failed(Step::Program);
+        libc::_exit(127)
+    }
+}
+
+/// Tries every file that the program may be; returns with the error that tells most in `errno`.
+#[expect(unsafe_code, reason = "see `run_child`")]
+unsafe fn execute(image: &Image) {
+    // SAFETY: the lists end with a null pointer and their texts live as long as `image`.
+    unsafe {
+        let mut answer = libc::ENOENT;
+        for candidate in &image.candidates {
+            let mut tries = 0;
+            loop {
+                libc::execve(
+                    candidate.as_ptr(),
+                    image.argv_pointers.as_ptr(),
+                    image.environment_pointers.as_ptr(),
+                );
+                tries += 1;
+                if *libc::__errno_location() != libc::ETXTBSY || tries > BUSY_TRIES_MAX {
+                    break;
+                }
+                let pause = libc::timespec { tv_sec: 0, tv_nsec: BUSY_PAUSE_NS };
+                libc::nanosleep(&raw const pause, ptr::null_mut());
+            }
+            match *libc::__errno_location() {
+                libc::ENOENT | libc::ENOTDIR => {}
+                libc::EACCES => answer = libc::EACCES,
+                other => {
+                    answer = other;
+                    break;
+                }
+            }
+        }
+        *libc::__errno_location() = answer;
+    }
+}
+
+/// Puts input and outputs in place.
+#[expect(unsafe_code, reason = "see `run_child`")]
+unsafe fn place_descriptors(image: &Image) -> bool {
+    // SAFETY: only numbers are passed.
+    unsafe {
+        let (null, stdout, stderr) = (raise(image.null), raise(image.stdout), raise(image.stderr));
+        let place = |from: RawFd, to: RawFd| libc::dup2(from, to) == to;
+        match image.moved {
+            None => place(null, 0) && place(stdout, 1) && place(stderr, 2),
+            Some((to_stdout, to_stderr)) => {
+                place(null, 0)
+                    && place(null, 1)
+                    && place(null, 2)
+                    && place(stdout, to_stdout)
+                    && place(stderr, to_stderr)
+            }
+        }
+    }
+}
+
+/// The same descriptor with a number that the block is never given; closed when the program begins.
+#[expect(unsafe_code, reason = "see `run_child`")]
+unsafe fn raise(descriptor: RawFd) -> RawFd {
+    if descriptor >= OWN_DESCRIPTOR_MIN {
+        return descriptor;
+    }
+    // SAFETY: only numbers are passed.
+    unsafe { libc::fcntl(descriptor, libc::F_DUPFD_CLOEXEC, OWN_DESCRIPTOR_MIN) }
+}
+
+/// Closes what is not this child's: a held process must not keep alive what others wait to see closed.
+#[expect(unsafe_code, reason = "see `run_child`")]
+unsafe fn close_all_but(image: &Image, report: RawFd, gate: RawFd) {
+    let (moved_a, moved_b) = image.moved.unwrap_or((-1, -1));
+    let mut kept = [2, moved_a, moved_b, report, gate];
+    kept.sort_unstable();
+    let mut from = 0;
+    for number in kept.into_iter().filter(|&number| number >= 2) {
+        // Descriptors 0, 1 and 2 are in place already.
+        let first = if from == 0 { 3 } else { from };
+        if number > first {
+            // SAFETY: only numbers are passed; none of them is used any more.
+            unsafe { libc::syscall(libc::SYS_close_range, first, number - 1, 0) };
+        }
+        from = number + 1;
+    }
+    // SAFETY: as above.
+    unsafe { libc::syscall(libc::SYS_close_range, from.max(3), u32::MAX, 0) };
+}
+
+/// Raw calls: those of the C library would ask all threads of a process that has none here to follow.
+#[expect(unsafe_code, reason = "see `run_child`")]
+unsafe fn become_user(uid: u32, gid: u32, groups: &[u32]) -> bool {
+    // SAFETY: the list is as long as said.
+    unsafe {
+        libc::syscall(libc::SYS_setgroups, groups.len(), groups.as_ptr()) == 0
+            && libc::syscall(libc::SYS_setresgid, gid, gid, gid) == 0
+            && libc::syscall(libc::SYS_setresuid, uid, uid, uid) == 0
+    }
+}
+
+/// A way to tell what failed, with the system's answer, and to end.
+#[expect(unsafe_code, reason = "see `run_child`")]
+fn fail_with(report: RawFd) -> impl Fn(Step) {
+    move |step| {
+        // SAFETY: the bytes live until the call is over.
+        unsafe {
+            let mut bytes = [0_u8; 8];
+            let (a, b) = bytes.split_at_mut(4);
+            a.copy_from_slice(&step.number().to_ne_bytes());
+            b.copy_from_slice(&(*libc::__errno_location()).to_ne_bytes());
+            libc::write(report, bytes.as_ptr().cast(), bytes.len());
+            libc::_exit(127);
+        }
+    }
+}
+
+/// Signals that this process ignores: a program would go on ignoring them. Rust itself ignores SIGPIPE.
+#[expect(unsafe_code, reason = "no safe interface tells what a signal does")]
+fn ignored_signals() -> &'static [c_int] {
+    static IGNORED: OnceLock<Vec<c_int>> = OnceLock::new();
+    IGNORED.get_or_init(|| {
+        let is_ignored = |&signal: &c_int| {
+            // SAFETY: with no new action the call only fills in the old one, which is valid for it.
+            unsafe {
+                let mut action = std::mem::zeroed::<libc::sigaction>();
+                libc::sigaction(signal, ptr::null(), &raw mut action) == 0
+                    && action.sa_sigaction == libc::SIG_IGN
+            }
+        };
+        (1..=64).filter(is_ignored).collect()
+    })
+}

@@ -1,0 +1,114 @@
+//! What an earlier supervisor has left for this one, and what this one leaves.
+//!
+//! A task that was begun and has no record is lost: it is never begun again.
+
+use std::{fs, io, path::PathBuf, sync::Arc};
+
+use millstream_common::{
+    convert::spec_sha256,
+    id::TaskId,
+    limits,
+    outcome::{OutcomeKind, Reason, TaskEnd},
+    spec::TaskSpec,
+};
+use millstream_proto::v1;
+use prost::Message as _;
+use tracing::{info, warn};
+
+use super::{
+    super::{
+        attendant::{RECORD_FILE, SPEC_FILE, STARTED_FILE, SharedSpool, task_dir, write_record},
+        cgroup::Group,
+        task::Machine,
+        workspace,
+    },
+    Session, Task,
+};
+
+impl Session {
+    /// Learns of tasks from their directories. One that was begun and has no record is lost: it is never begun again.
+    pub(super) fn recover(&mut self) {
+        let entries = fs::read_dir(self.config.session_dir.join("tasks")).into_iter().flatten().flatten();
+        let ids: Vec<TaskId> = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect();
+        for id in ids {
+            let directory = task_dir(&self.config.session_dir, id);
+            let read = |name: &str| fs::read(directory.join(name));
+            let wire = read(SPEC_FILE).ok().and_then(|bytes| v1::TaskSpec::decode(&bytes[..]).ok());
+            let Some((digest, Ok(spec))) = wire.map(|wire| (spec_sha256(&wire), TaskSpec::try_from(wire)))
+            else {
+                warn!(task_id = %id, "the specification of an earlier task cannot be read");
+                continue;
+            };
+            let record = read(RECORD_FILE).ok().and_then(|bytes| v1::TaskEnd::decode(&bytes[..]).ok());
+            let end = record.unwrap_or_else(|| {
+                let begun = directory.join(STARTED_FILE).exists();
+                let (outcome, when) = if begun {
+                    (OutcomeKind::Lost, "while the task ran")
+                } else {
+                    (OutcomeKind::Error, "before the task began")
+                };
+                let detail = format!("the supervisor of the session died {when}");
+                let end = v1::TaskEnd::from(&TaskEnd::never_begun(outcome, Reason::SupervisorDied, detail));
+                warn!(task_id = %id, %outcome, "an earlier task has no record");
+                if let Err(error) = write_record(&directory, &end) {
+                    warn!(task_id = %id, %error, "terminal record not written");
+                }
+                end
+            });
+            let machine = Machine::ended(&spec);
+            let task = Task {
+                machine,
+                spec: Arc::new(spec),
+                digest,
+                orders: None,
+                secret_files: Vec::new(),
+                spool: SharedSpool::default(),
+                end: Some(Box::new(end)),
+                changed_ns: self.around.world.clock.wall_ns(),
+            };
+            self.tasks.insert(id, task);
+        }
+    }
+}
+
+/// What a session that is over leaves behind.
+pub(in crate::supervisor) struct Remains {
+    pub(super) group: Option<PathBuf>,
+    pub(super) session_dir: PathBuf,
+}
+
+impl Remains {
+    /// Ends and removes the session's control group with whoever is left in it.
+    pub(in crate::supervisor) async fn end_group(&self) {
+        let Some(Ok(group)) = self.group.clone().map(Group::open) else { return };
+        if !group.remove_if_empty() {
+            Self::end_inhabited(&group).await;
+        }
+        // Shared with other sessions: it goes with the last one.
+        if let Some(parent) = group.path().parent() {
+            let _others: io::Result<()> = fs::remove_dir(parent);
+        }
+    }
+
+    async fn end_inhabited(group: &Group) {
+        let ending = async {
+            group.kill()?;
+            group.wait_until_empty(limits::KILL_MAX).await?;
+            group.remove()
+        };
+        if let Err(error) = ending.await {
+            warn!(%error, "the control group of the session is left behind");
+        }
+    }
+
+    /// Removes what belongs to the tasks; the rest of the directory is the door's. Blocking.
+    pub(in crate::supervisor) fn remove(self) {
+        for name in ["tasks", "sync", "bin"] {
+            let directory = self.session_dir.join(name);
+            if let Err(error) = workspace::remove_task(&directory) {
+                warn!(path = %directory.display(), %error, "a directory of the session is left behind");
+            }
+        }
+        info!("the session is over");
+    }
+}
