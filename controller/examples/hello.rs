@@ -18,5 +18,5 @@ fn main() -> millstream::Result<()> {
     eprintln!("{}", block_on(server.stop()));
     streams.wait_blocking()?;
     eprintln!("results: {}", streams.results_dir().display());
-    Ok(streams.close_blocking()?)
+    streams.close_blocking()
 }
