@@ -206,6 +206,16 @@ impl Shared {
         Arc::clone(supervised.entry(session_id).or_default())
     }
 
+    /// The supervisor of a session; waits for one that is just being started.
+    async fn begun(&self, session_id: SessionId) -> Option<Arc<Supervised>> {
+        let slot = {
+            let supervised = self.supervised.lock().unwrap_or_else(PoisonError::into_inner);
+            supervised.get(&session_id).cloned()?
+        };
+        // Whoever fills the slot is waited for; when nobody does, it stays empty.
+        slot.get_or_try_init(|| async { Err(()) }).await.ok().cloned()
+    }
+
     /// Wakes when something that operators see has changed.
     pub(crate) fn status_changes(&self) -> watched::Receiver<u64> {
         self.status_changed.subscribe()
@@ -331,7 +341,7 @@ impl Shared {
         let shared = Arc::clone(self);
         let closing = tokio::spawn(async move {
             shared.tell(Event::Closing { session_id });
-            let survivors = match shared.supervised(session_id) {
+            let survivors = match shared.begun(session_id).await {
                 Some(supervised) => supervised.close().await,
                 None => Vec::new(),
             };

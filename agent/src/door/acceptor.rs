@@ -175,6 +175,8 @@ enum GreetError {
     },
     #[error("the connection broke")]
     Broken(#[source] io::Error),
+    #[error("the peer went away without a word")]
+    Gone,
     #[error("the peer does not speak HTTP/2")]
     NotHttp2,
     #[error("the kernel does not say who the peer is")]
@@ -362,6 +364,8 @@ impl Acceptor {
                     // The server has ended; so does the connection.
                     let _ended = accepted.send(connection).await;
                 }
+                // What looks whether a port is open does this all day.
+                Err(GreetError::Gone) => debug!(%peer, "peer went away without a word"),
                 Err(error) => info!(%peer, reason = %error, "peer sent away"),
             }
         });
@@ -448,7 +452,7 @@ async fn preface(io: &mut (impl AsyncRead + Unpin)) -> Result<Bytes, GreetError>
         let missing = PREFACE.len() + FRAME_HEAD_BYTES - head.len();
         let mut limited = (&mut *io).take(u64::try_from(missing).unwrap_or(u64::MAX));
         if limited.read_buf(&mut head).await.map_err(GreetError::Broken)? == 0 {
-            return Err(GreetError::NotHttp2);
+            return Err(if head.is_empty() { GreetError::Gone } else { GreetError::NotHttp2 });
         }
         let known = head.len().min(PREFACE.len());
         if head[..known] != PREFACE[..known] {

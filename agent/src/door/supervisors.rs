@@ -555,7 +555,11 @@ impl Driver {
     /// The supervisor is gone. When nobody told it to go, its tasks are ended and what cannot be known is recorded as lost.
     async fn finish(mut self) {
         let supervised = Arc::clone(&self.supervised);
-        let told = supervised.mirror().is_closing();
+        let told = {
+            let mirror = supervised.mirror();
+            // One whose lease is over ends by itself when its results have aged.
+            mirror.is_closing() || (mirror.is_lease_expired() && mirror.all_finished())
+        };
         if !told {
             error!(session = %supervised.session_id, "a supervisor died: its tasks are ended");
             let directory = supervised.directory.clone();
