@@ -5,18 +5,16 @@
 //! a watcher is woken when its session changes. Nothing here decides about leases or queues, and a supervisor goes on
 //! without this room.
 
+mod alive;
 mod directory;
 mod mirror;
+mod relayed;
 mod start;
 
 use std::{
     collections::HashMap,
     io,
-    path::{Path, PathBuf},
-    sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicUsize, Ordering},
-    },
+    sync::{Arc, Mutex, MutexGuard, PoisonError, atomic::Ordering},
     time::Duration,
 };
 
@@ -27,7 +25,7 @@ use millstream_common::{
 };
 use millstream_proto::{
     supervisor::v1::{
-        DoorFrame, DoorHello, RelayAttached, RelayFrames, Reply, SupervisorFrame, door_frame,
+        DoorFrame, DoorHello, RelayAttached, RelayFrames, Reply, SupervisorFrame, TaskChanged, door_frame,
         supervisor_frame,
     },
     v1,
@@ -40,9 +38,12 @@ use tokio::{
 use tonic::{Code, Status};
 use tracing::{error, info, warn};
 
+use self::relayed::RelaySink;
 pub(crate) use self::{
-    directory::{Kept, SessionDirectory},
+    alive::find_alive,
+    directory::{Kept, SessionDirectory, sessions_directory},
     mirror::{Mirror, TaskView},
+    relayed::RelayBatch,
     start::{StartError, Starter},
 };
 use crate::supervisor::wire::{self, FrameReader, FrameWriter, WireError};
@@ -110,28 +111,6 @@ enum Outgoing {
     Request(door_frame::Frame, oneshot::Sender<Reply>),
     /// Wants none.
     Tell(door_frame::Frame),
-}
-
-/// Where relayed frames of blocks go: to the one controller that has the relay now.
-struct RelaySink {
-    number: u64,
-    frames: mpsc::Sender<RelayBatch>,
-    waiting_bytes: Arc<AtomicUsize>,
-}
-
-/// Relayed frames on their way to a controller.
-pub(crate) struct RelayBatch {
-    frames: Vec<v1::RelayFrame>,
-    bytes: usize,
-    waiting_bytes: Arc<AtomicUsize>,
-}
-
-impl RelayBatch {
-    /// Takes the frames; they no longer wait.
-    pub(crate) fn into_frames(self) -> Vec<v1::RelayFrame> {
-        self.waiting_bytes.fetch_sub(self.bytes, Ordering::Relaxed);
-        self.frames
-    }
 }
 
 /// One session's supervisor, as the door sees it.
@@ -363,6 +342,13 @@ struct Wire {
     writer: FrameWriter<tokio::net::unix::OwnedWriteHalf>,
 }
 
+/// A request that waits for its reply.
+struct Pending {
+    answer: oneshot::Sender<Reply>,
+    /// The task that it starts, as it will be known.
+    starts: Option<TaskChanged>,
+}
+
 /// The task behind one [`Supervised`].
 struct Driver {
     supervised: Arc<Supervised>,
@@ -371,7 +357,7 @@ struct Driver {
     incarnation: String,
     /// Whether a lost connection can be made again: not with a supervisor inside this process.
     reconnects: bool,
-    pending: HashMap<u64, oneshot::Sender<Reply>>,
+    pending: HashMap<u64, Pending>,
     next_request: u64,
     lease_told: bool,
     settled_told: bool,
@@ -457,7 +443,16 @@ impl Driver {
             Outgoing::Request(frame, answer) => {
                 let request_id = self.next_request;
                 self.next_request += 1;
-                self.pending.insert(request_id, answer);
+                let starts = match &frame {
+                    door_frame::Frame::Start(start) => Some(TaskChanged {
+                        task_id: start.task_id.clone(),
+                        stream: start.spec.as_ref().map_or_else(String::new, |spec| spec.stream.clone()),
+                        block: start.spec.as_ref().map_or_else(String::new, |spec| spec.name.clone()),
+                        ..TaskChanged::default()
+                    }),
+                    _ => None,
+                };
+                self.pending.insert(request_id, Pending { answer, starts });
                 DoorFrame { request_id, frame: Some(frame) }
             }
             Outgoing::Tell(frame) => DoorFrame { request_id: 0, frame: Some(frame) },
@@ -467,7 +462,8 @@ impl Driver {
     async fn take_in(&mut self, frame: SupervisorFrame) {
         match frame.frame {
             Some(supervisor_frame::Frame::Reply(reply)) => {
-                if let Some(answer) = self.pending.remove(&reply.request_id) {
+                if let Some(Pending { answer, starts }) = self.pending.remove(&reply.request_id) {
+                    self.know(starts, reply.start.as_ref());
                     // Whoever asked may have gone meanwhile.
                     let _gone: Result<(), Reply> = answer.send(reply);
                 }
@@ -486,6 +482,23 @@ impl Driver {
             // A second hello, or something of a newer supervisor that an older door can do without.
             Some(supervisor_frame::Frame::Hello(_)) | None => {}
         }
+    }
+
+    /// Whoever learns that a task was accepted must find it, though its first change may still be on the way.
+    fn know(&self, starts: Option<TaskChanged>, answer: Option<&v1::StartTaskResponse>) {
+        let (Some(mut task), Some(answer)) = (starts, answer) else { return };
+        if !answer.accepted_by_this_call {
+            return;
+        }
+        {
+            let mut mirror = self.supervised.mirror();
+            if task.task_id.parse().is_ok_and(|id| mirror.get(id).is_some()) {
+                return;
+            }
+            task.state = answer.state;
+            mirror.update(task);
+        }
+        self.supervised.announce();
     }
 
     /// Tells the door once that the lease is over, and once that nothing runs any more after that.
@@ -580,30 +593,4 @@ impl Driver {
         self.pending.clear();
         self.notify(if told { Notice::Gone } else { Notice::Died }).await;
     }
-}
-
-/// Connects to the supervisor of a session, or learns for certain that there is none: its lock is free. A supervisor that
-/// is just ending has closed its socket and still holds its lock for a moment; one that is stuck is asked again and again.
-pub(crate) async fn find_alive(directory: &SessionDirectory) -> Option<UnixStream> {
-    let mut pause = limits::RECONNECT_PAUSE_MIN;
-    loop {
-        if let Ok(stream) = UnixStream::connect(directory.socket()).await {
-            return Some(stream);
-        }
-        match directory.is_locked() {
-            Ok(true) => {}
-            Ok(false) => return None,
-            Err(error) => {
-                error!(directory = %directory.path().display(), %error, "the lock of a session cannot be asked");
-                return None;
-            }
-        }
-        sleep(pause).await;
-        pause = (pause * 2).min(limits::RECONNECT_PAUSE_MAX);
-    }
-}
-
-/// Path of a session's directory under a state directory.
-pub(crate) fn sessions_directory(state: &Path) -> PathBuf {
-    state.join("sessions")
 }

@@ -33,6 +33,11 @@ pub(crate) fn boot_id() -> String {
     fs::read_to_string(BOOT_ID).map(|id| id.trim().to_owned()).unwrap_or_default()
 }
 
+/// Where all sessions lie under a state directory.
+pub(crate) fn sessions_directory(state: &Path) -> PathBuf {
+    state.join("sessions")
+}
+
 /// What the door keeps of a session, so that the next agent knows it.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct Kept {
@@ -73,7 +78,7 @@ pub(crate) struct SessionDirectory {
 impl SessionDirectory {
     /// The directory of a session under a state directory; need not exist.
     pub(crate) fn of(state: &Path, session: SessionId, cgroup: Option<PathBuf>) -> Self {
-        Self { path: super::sessions_directory(state).join(session.to_string()), cgroup }
+        Self { path: sessions_directory(state).join(session.to_string()), cgroup }
     }
 
     /// The directory itself.
