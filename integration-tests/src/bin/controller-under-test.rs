@@ -39,7 +39,7 @@ async fn main() -> millstream::Result<()> {
         let mut rest = Vec::new();
         std::io::stdin().read_to_end(&mut rest).expect("standard input can be read");
     }
-    Ok(streams.close().await?)
+    streams.close().await
 }
 
 fn take_flag(arguments: &mut Vec<String>, name: &str) -> bool {

@@ -13,7 +13,6 @@ use millstream_integration_tests::{authority::Certificate, lab::Lab, wait::wait_
 pub(crate) const SOON: Duration = Duration::from_secs(30);
 
 /// Runs asynchronous work on a runtime of its own.
-
 pub(crate) fn block_on<T>(work: impl Future<Output = T>) -> T {
     tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(work)
 }
