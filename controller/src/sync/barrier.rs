@@ -28,7 +28,7 @@ pub use words::{Action, Arrival, Break, Cause, Connection, Decided, Decision, En
 #[derive(Debug)]
 enum State {
     Idle,
-    Waiting(Waiting),
+    Waiting(Box<Waiting>),
     Broken(Arc<Decided>),
 }
 
@@ -321,7 +321,8 @@ impl Barrier {
     /// Takes a new party into the open meeting, which it opens if it is the first.
     fn admit(&mut self, entry: Entry, now: Instant, actions: &mut Vec<Action>) {
         if matches!(self.state, State::Idle) {
-            self.state = State::Waiting(Waiting::open(self.name.clone(), self.generation, entry.parties));
+            let open = Waiting::open(self.name.clone(), self.generation, entry.parties);
+            self.state = State::Waiting(Box::new(open));
         }
         let State::Waiting(waiting) = &mut self.state else {
             unreachable!("the state was idle or waiting, and idle has just become waiting")
@@ -425,10 +426,9 @@ impl Barrier {
 
     /// The one place where a meeting ends.
     fn decide(&mut self, decision: Decision, now: Instant, actions: &mut Vec<Action>) {
-        let open = Waiting::open(self.name.clone(), self.generation, 0);
         let mut meeting = match std::mem::replace(&mut self.state, State::Idle) {
             State::Waiting(waiting) => waiting.meeting,
-            State::Idle | State::Broken(_) => open.meeting,
+            State::Idle | State::Broken(_) => Waiting::open(self.name.clone(), self.generation, 0).meeting,
         };
         meeting.by_hand = std::mem::take(&mut self.by_hand);
         self.generation += 1;

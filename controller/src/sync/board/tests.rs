@@ -633,7 +633,8 @@ impl Model {
                 waits.push((need, slot.barrier.is_held(), members));
             }
         }
-        for (call, place) in &board.calls {
+        let calls: BTreeMap<&CallId, &Place> = board.calls.iter().collect();
+        for (call, place) in calls {
             if matches!(place.wait, Wait::Topic(_)) {
                 waits.push((
                     1,
