@@ -9,6 +9,7 @@ mod access;
 mod bad_input;
 mod barriers;
 mod crashes;
+mod examples;
 mod lab;
 mod logs;
 mod look;
