@@ -280,6 +280,7 @@ fn barriers(sync: &SyncHost) -> Vec<BarrierReport> {
             end_time: Some(Moment(record.decided_time_ns)),
             broken: record.broken,
             last: record.last.filter(|_| record.released),
+            by_hand: record.by_hand,
             parties: record
                 .waits
                 .into_iter()

@@ -300,6 +300,9 @@ pub(crate) struct BarrierReport {
     pub(crate) broken: Option<String>,
     /// Who came last; none when it was not released.
     pub(crate) last: Option<String>,
+    /// What people did to it through the debugging port.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub(crate) by_hand: Vec<String>,
     /// Everybody who came, in order.
     pub(crate) parties: Vec<PartyReport>,
 }

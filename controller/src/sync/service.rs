@@ -132,7 +132,12 @@ impl SyncService for Service {
         request: Request<v1::ListBarriersRequest>,
     ) -> Result<Response<v1::ListBarriersResponse>, Status> {
         take(request)?;
-        let barriers = self.host()?.with_barriers(barrier_status);
+        let mut barriers = self.host()?.with_barriers(barrier_status);
+        // What waits, is held or is broken comes first when not everything fits.
+        if barriers.iter().map(prost::Message::encoded_len).sum::<usize>() > limits::SYNC_ANSWER_BYTES_MAX {
+            barriers.sort_by_key(|barrier| barrier.state == "idle");
+        }
+        let barriers = fitting(barriers);
         Ok(Response::new(v1::ListBarriersResponse { barriers }))
     }
 
@@ -209,6 +214,7 @@ impl SyncService for Service {
                 })
                 .collect()
         });
+        let topics = fitting(topics);
         Ok(Response::new(v1::ListTopicsResponse { topics }))
     }
 }
@@ -247,6 +253,17 @@ impl Stream for Batches {
             Some(Ok(v1::SubscribeResponse { values: values.iter().map(|v| topic_value(v)).collect() }))
         })
     }
+}
+
+/// The first of them that fit in one answer.
+fn fitting<M: prost::Message>(all: Vec<M>) -> Vec<M> {
+    let mut size_bytes = 0;
+    let fits = |message: &M| {
+        // Two bytes of tag and length more, or three for a long one.
+        size_bytes += message.encoded_len() + 3;
+        size_bytes <= limits::SYNC_ANSWER_BYTES_MAX
+    };
+    all.into_iter().take_while(fits).collect()
 }
 
 fn gone() -> Status {
