@@ -176,6 +176,7 @@ impl BlockName {
     /// The nearest valid block name to any text: what is refused becomes `-`, what is too long is cut, and nothing
     /// becomes `block`. For names that are derived, such as one made from a command line.
     #[must_use]
+    #[expect(clippy::missing_panics_doc, reason = "what it makes is valid: only a mistake here could panic")]
     pub fn derived(text: &str) -> Self {
         let mut name = String::new();
         for c in text.trim().chars() {

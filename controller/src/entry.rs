@@ -27,7 +27,7 @@ use crate::{
 /// Lets a test binary be its own agent and the payload of its own Rust blocks. Write it once, at the top of the file.
 ///
 /// It adds an ignored test that returns at once, unless this program has been started to do something for another test.
-/// A program with a `main` of its own calls [`enter`](crate::enter) there instead; in such a program this does nothing.
+/// A program with a `main` of its own calls [`enter`] there instead; in such a program this does nothing.
 #[macro_export]
 macro_rules! entry {
     () => {

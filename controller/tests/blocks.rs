@@ -1,5 +1,11 @@
 //! Every kind of block in a real local stream: what is shipped, what it finds, what comes home.
 
+#![expect(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    reason = "a test that cannot go on fails, and the output of a block is its log"
+)]
+
 use std::{fs, os::unix::fs::PermissionsExt as _, path::Path, sync::Arc, time::Duration};
 
 use millstream::{

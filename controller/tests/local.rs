@@ -1,5 +1,7 @@
 //! Real blocks in real local streams: this very test binary is the agent.
 
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
 use std::{
     path::Path,
     sync::{Arc, Mutex},

@@ -64,7 +64,7 @@ impl Service {
         host.ask(caller.speaker, request, caller.line.as_ref()).await.ok_or_else(gone)
     }
 
-    /// Enters a barrier: the part of [`SyncService::Enter`] that the relay shares.
+    /// Enters a barrier: the part of `SyncService.Enter` that the relay shares.
     pub(crate) async fn enter(
         &self,
         caller: &Caller,

@@ -125,7 +125,7 @@ pub enum Action {
         /// Why.
         refusal: Refusal,
     },
-    /// Add evidence, hand the decision to [`Barrier::latch`], then tell every arrival.
+    /// Add evidence, hand the decision to `Barrier::latch`, then tell every arrival.
     Decide(Box<Decided>),
 }
 
