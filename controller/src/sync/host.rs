@@ -6,6 +6,7 @@
 
 use std::{
     collections::HashMap,
+    fmt,
     net::SocketAddr,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError, Weak,
@@ -63,12 +64,41 @@ struct Shared {
 #[derive(Debug, Default)]
 struct Inner {
     board: Board,
-    waiters: HashMap<CallId, oneshot::Sender<Answer>>,
+    waiters: HashMap<CallId, Waiter>,
     readers: HashMap<TopicName, Arc<Notify>>,
     /// When the timer will wake up by itself.
     armed: Option<Instant>,
     /// Kept between turns so that a turn allocates nothing.
     actions: Vec<Action>,
+}
+
+/// How a waiting call is told its answer.
+pub(crate) type Reply = Box<dyn FnOnce(Answer) + Send>;
+
+enum Waiter {
+    /// A future waits.
+    Future(oneshot::Sender<Answer>),
+    /// Nobody waits: the answer is handed on by whoever brought it about.
+    Reply(Reply),
+}
+
+impl fmt::Debug for Waiter {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Future(_) => "Future",
+            Self::Reply(_) => "Reply",
+        })
+    }
+}
+
+impl Waiter {
+    fn tell(self, answer: Answer) {
+        match self {
+            // Whoever gave up meanwhile finds the decision on record when it comes back.
+            Self::Future(waiting) => drop(waiting.send(answer)),
+            Self::Reply(reply) => reply(answer),
+        }
+    }
 }
 
 impl Drop for Shared {
@@ -289,11 +319,8 @@ impl SyncHost {
         line: Option<&Line>,
     ) -> Option<Answer> {
         let call = self.next_call();
-        let waiting = match self.turn(Event::Asked { call, speaker, request }, Some(call)) {
-            Turn::Answered(answer) => return Some(answer),
-            Turn::Waits(waiting) => waiting,
-            Turn::Nothing => return None,
-        };
+        let (tx, waiting) = oneshot::channel();
+        self.turn(Event::Asked { call, speaker, request }, Some((call, Waiter::Future(tx))));
         let mut guard = Guard { host: self, call, line, armed: true };
         let answer = waiting.await.ok();
         guard.armed = false;
@@ -303,10 +330,22 @@ impl SyncHost {
     /// Asks for something that is answered at once.
     fn command(&self, request: Request) -> Option<Answer> {
         let call = self.next_call();
-        match self.turn(Event::Asked { call, speaker: Speaker::Main, request }, Some(call)) {
-            Turn::Answered(answer) => Some(answer),
-            Turn::Waits(_) | Turn::Nothing => None,
-        }
+        let (tx, mut answered) = oneshot::channel();
+        let event = Event::Asked { call, speaker: Speaker::Main, request };
+        self.turn(event, Some((call, Waiter::Future(tx))));
+        answered.try_recv().ok()
+    }
+
+    /// Asks for something with a number that was taken before; `reply` is given the answer, now or later, on whichever
+    /// thread brings it about, so that thousands of calls need no task each.
+    pub(crate) fn ask_with(&self, call: CallId, speaker: Speaker, request: Request, reply: Reply) {
+        self.turn(Event::Asked { call, speaker, request }, Some((call, Waiter::Reply(reply))));
+    }
+
+    /// A call that waits for its reply is gone.
+    pub(crate) fn leave(&self, call: CallId, link_down: bool) {
+        drop(self.lock().waiters.remove(&call));
+        self.tell(Event::Left { call, link_down });
     }
 
     pub(crate) fn subscribe(&self, topic: TopicName, from: u64) -> Subscription {
@@ -354,7 +393,8 @@ impl SyncHost {
         self.shared.over.clone()
     }
 
-    fn next_call(&self) -> CallId {
+    /// A number for a call.
+    pub(crate) fn next_call(&self) -> CallId {
         CallId(self.shared.calls.fetch_add(1, Ordering::Relaxed))
     }
 
@@ -371,21 +411,22 @@ impl SyncHost {
         self.turn(event, None);
     }
 
-    /// One turn: feed the board, wake who is answered. `own` is the call that asks, and is not woken but returned.
-    fn turn(&self, event: Event, own: Option<CallId>) -> Turn {
-        let mut turn = Turn::Nothing;
-        let mut woken: Vec<(oneshot::Sender<Answer>, Answer)> = Vec::new();
+    /// One turn: feed the board, tell who is answered. `own` is the call that asks, and who waits for it.
+    fn turn(&self, event: Event, own: Option<(CallId, Waiter)>) {
+        let mut told: Vec<(Waiter, Answer)> = Vec::new();
         let mut inner = self.lock();
+        if let Some((call, waiter)) = own {
+            inner.waiters.insert(call, waiter);
+        }
         // The clock is asked under the lock, so that time never goes backwards for the board.
         let now = self.now();
         let mut actions = std::mem::take(&mut inner.actions);
         inner.board.handle(event, now, &mut actions);
         for action in actions.drain(..) {
             match action {
-                Action::Answer { call, answer } if own == Some(call) => turn = Turn::Answered(answer),
                 Action::Answer { call, answer } => {
                     if let Some(waiter) = inner.waiters.remove(&call) {
-                        woken.push((waiter, answer));
+                        told.push((waiter, answer));
                     }
                 }
                 Action::Grew { topic } => {
@@ -397,11 +438,6 @@ impl SyncHost {
         }
         actions.shrink_to(ACTIONS_KEPT_COUNT);
         inner.actions = actions;
-        if let (Turn::Nothing, Some(call)) = (&turn, own) {
-            let (tx, rx) = oneshot::channel();
-            inner.waiters.insert(call, tx);
-            turn = Turn::Waits(rx);
-        }
         let next = inner.board.next_deadline();
         let sooner = match (next, inner.armed) {
             (Some(next), Some(armed)) => next < armed,
@@ -413,22 +449,14 @@ impl SyncHost {
             self.shared.timer.notify_one();
         }
         drop(inner);
-        for (waiter, answer) in woken {
-            // Whoever gave up meanwhile finds the decision on record when it comes back.
-            drop(waiter.send(answer));
+        for (waiter, answer) in told {
+            waiter.tell(answer);
         }
-        turn
     }
 }
 
 /// Actions whose room is kept between two turns.
 const ACTIONS_KEPT_COUNT: usize = 1_024;
-
-enum Turn {
-    Answered(Answer),
-    Waits(oneshot::Receiver<Answer>),
-    Nothing,
-}
 
 /// A handle that keeps nothing alive.
 #[derive(Debug, Clone)]
@@ -454,9 +482,7 @@ struct Guard<'a> {
 impl Drop for Guard<'_> {
     fn drop(&mut self) {
         if self.armed {
-            self.host.lock().waiters.remove(&self.call);
-            let link_down = self.line.is_some_and(Line::is_down);
-            self.host.tell(Event::Left { call: self.call, link_down });
+            self.host.leave(self.call, self.line.is_some_and(Line::is_down));
         }
     }
 }

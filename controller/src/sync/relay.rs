@@ -6,9 +6,10 @@
 //! the calls themselves.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeSet, HashMap},
     convert::Infallible,
     pin::{Pin, pin},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     task::{Context, Poll},
 };
 
@@ -20,9 +21,8 @@ use millstream_common::{
     limits,
 };
 use millstream_proto::v1::{self, relay_frame, sync_service_server::SyncServiceServer};
-use prost::Message as _;
 use tokio::{
-    sync::mpsc,
+    sync::{Notify, mpsc},
     task::{AbortHandle, JoinSet},
 };
 use tokio_stream::{Stream, StreamExt as _};
@@ -31,7 +31,7 @@ use tonic::{Code, Status, codegen::http};
 use tower::Service as _;
 
 use super::{
-    Speaker,
+    CallId, Speaker,
     host::{Line, SyncHost},
     service::{Caller, Service},
 };
@@ -72,8 +72,10 @@ pub(super) async fn serve(
     outbound: mpsc::Sender<Vec<v1::RelayFrame>>,
 ) {
     let (out, waiting) = mpsc::channel(limits::RELAY_FRAMES_COUNT_MAX);
+    let entries = Arc::new(Entries::default());
     let mut link = Link {
         service: Service::new(&host),
+        entries: entries.clone(),
         line: Line::default(),
         calls: HashMap::new(),
         running: JoinSet::new(),
@@ -83,7 +85,7 @@ pub(super) async fn serve(
     drop(host);
     let mut inbound = pin!(inbound);
     // A task of its own: a call that cannot be begun is told so while nothing else here goes on.
-    let mut pump = AbortOnDropHandle::new(tokio::spawn(pump(waiting, outbound)));
+    let mut pump = AbortOnDropHandle::new(tokio::spawn(pump(waiting, entries, outbound)));
     loop {
         tokio::select! {
             frames = inbound.next() => match frames {
@@ -103,11 +105,60 @@ impl Drop for Link {
     /// The owner of a link may drop it instead of ending it: its calls are lost with it all the same.
     fn drop(&mut self) {
         self.line.lose();
+        let left = std::mem::take(&mut *self.entries.waiting());
+        let Some(host) = self.service.upgrade() else { return };
+        let left: BTreeSet<CallId> = left.into_values().collect();
+        for call in left {
+            host.leave(call, true);
+        }
+    }
+}
+
+/// Calls that enter barriers: the ones that thousands make at the same moment. They have no task each; whoever brings
+/// the decision about puts the answers here.
+#[derive(Default)]
+struct Entries {
+    waiting: Mutex<HashMap<u64, CallId>>,
+    /// One answer a call, so that the calls of a session bound it.
+    answers: Mutex<Vec<Outgoing>>,
+    some: Notify,
+}
+
+impl Entries {
+    fn waiting(&self) -> MutexGuard<'_, HashMap<u64, CallId>> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn answers(&self) -> MutexGuard<'_, Vec<Outgoing>> {
+        self.answers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Puts an answer down, unless the call has gone or begun anew meanwhile.
+    fn answer(&self, call_id: u64, call: CallId, answer: Result<Bytes, Status>) {
+        let mut waiting = self.waiting();
+        if waiting.get(&call_id) != Some(&call) {
+            return;
+        }
+        waiting.remove(&call_id);
+        drop(waiting);
+        let (message, status) = match answer {
+            Ok(message) => (Some(message), Status::ok("")),
+            Err(status) => (None, status),
+        };
+        let end = v1::RelayEnd { code: status.code() as u32, message: status.message().to_owned() };
+        let mut answers = self.answers();
+        answers.push(Outgoing { call_id, message, end: Some(end) });
+        let first = answers.len() == 1;
+        drop(answers);
+        if first {
+            self.some.notify_one();
+        }
     }
 }
 
 struct Link {
     service: Service,
+    entries: Arc<Entries>,
     line: Line,
     calls: HashMap<u64, Live>,
     running: JoinSet<u64>,
@@ -147,9 +198,7 @@ impl Link {
                 }
                 Some(relay_frame::Frame::Cancel(v1::RelayCancel {})) => {
                     openings.remove(&call_id);
-                    if let Some(live) = self.calls.remove(&call_id) {
-                        live.abort.abort();
-                    }
+                    self.give_up(call_id, false);
                 }
                 // Ends are told to agents, not by them; a frame of a later version is not for us.
                 Some(relay_frame::Frame::End(_)) | None => {}
@@ -162,10 +211,42 @@ impl Link {
         }
     }
 
+    /// Drops a call, if there is one of this number.
+    fn give_up(&mut self, call_id: u64, link_down: bool) {
+        if let Some(live) = self.calls.remove(&call_id) {
+            live.abort.abort();
+        }
+        let entry = self.entries.waiting().remove(&call_id);
+        if let (Some(call), Some(host)) = (entry, self.service.upgrade()) {
+            host.leave(call, link_down);
+        }
+    }
+
+    /// Enters a barrier without a task of its own.
+    fn enter(&self, host: &SyncHost, caller: &Caller, call_id: u64, message: Bytes) {
+        let call = host.next_call();
+        self.entries.waiting().insert(call_id, call);
+        let entries = self.entries.clone();
+        self.service.enter_with(call, caller, message, move |answer| entries.answer(call_id, call, answer));
+    }
+
     async fn begin(&mut self, call_id: u64, opening: Opening) {
-        if self.calls.len() >= limits::RELAY_CALLS_COUNT_MAX {
+        // A second beginning of the same call on the same link takes the place of the first, as after a broken link.
+        self.give_up(call_id, true);
+        let calls = self.calls.len() + self.entries.waiting().len();
+        if calls >= limits::RELAY_CALLS_COUNT_MAX {
             let told = format!("this session has {} calls already", limits::RELAY_CALLS_COUNT_MAX);
             return self.end(call_id, Code::ResourceExhausted, told).await;
+        }
+        let caller = Caller {
+            speaker: Speaker::Task(opening.task),
+            line: Some(self.line.clone()),
+            call_id: Some(call_id),
+        };
+        if let ([message], true, ENTER) = (&*opening.messages, opening.complete, opening.method.as_str())
+            && let Some(host) = self.service.upgrade()
+        {
+            return self.enter(&host, &caller, call_id, message.clone());
         }
         let (messages, body) = if opening.complete {
             (None, CallBody { ready: opening.messages.into_iter(), more: None })
@@ -173,20 +254,12 @@ impl Link {
             let (tx, rx) = mpsc::channel(UNREAD_MESSAGES_COUNT_MAX);
             (Some(tx), CallBody { ready: opening.messages.into_iter(), more: Some(rx) })
         };
-        let caller = Caller {
-            speaker: Speaker::Task(opening.task),
-            line: Some(self.line.clone()),
-            call_id: Some(call_id),
-        };
         let answered = answer(self.service.clone(), caller, opening.method, body, call_id, self.out.clone());
         let abort = self.running.spawn(async move {
             answered.await;
             call_id
         });
-        // A second beginning of the same call on the same link takes the place of the first.
-        if let Some(older) = self.calls.insert(call_id, Live { abort, messages }) {
-            older.abort.abort();
-        }
+        self.calls.insert(call_id, Live { abort, messages });
     }
 
     async fn pass(&mut self, call_id: u64, message: Bytes) {
@@ -224,45 +297,14 @@ async fn answer(
     call_id: u64,
     out: mpsc::Sender<Outgoing>,
 ) {
-    let ended = match Pace::of(&method, &body) {
-        Pace::Enter(message) => match enter(&service, &caller, message).await {
-            Ok(message) => (Some(message), Status::ok("")),
-            Err(status) => (None, status),
-        },
-        Pace::Any => any_method(service, caller, method, body, call_id, &out).await,
-    };
-    let (message, status) = ended;
+    let (message, status) = any_method(service, caller, method, body, call_id, &out).await;
     let end = v1::RelayEnd { code: status.code() as u32, message: status.message().to_owned() };
     // Fails only when the link is gone: then there is nobody to tell.
     drop(out.send(Outgoing { call_id, message, end: Some(end) }).await);
 }
 
-/// Which way a call goes.
-enum Pace {
-    /// The one call that thousands make at the same moment: decoded here, and answered with a list that is encoded once
-    /// for all of them.
-    Enter(Bytes),
-    /// Everything else, through the generated service.
-    Any,
-}
-
-impl Pace {
-    fn of(method: &str, body: &CallBody) -> Self {
-        match body.ready.as_slice() {
-            [message] if body.more.is_none() && method == ENTER => Self::Enter(message.clone()),
-            _ => Self::Any,
-        }
-    }
-}
-
+/// The one call that is decoded here, and answered with a list that is encoded once for all parties.
 const ENTER: &str = "/millstream.v1.SyncService/Enter";
-
-async fn enter(service: &Service, caller: &Caller, message: Bytes) -> Result<Bytes, Status> {
-    let message = v1::EnterRequest::decode(message)
-        .map_err(|error| Status::invalid_argument(format!("the message is no EnterRequest: {error}")))?;
-    let (decided, arrival) = service.enter(caller, message).await?;
-    Ok(super::service::encoded_release(&decided, arrival))
-}
 
 /// Calls the service as if the request had come over HTTP/2. Gives the last answer, not sent yet, and the status.
 async fn any_method(
@@ -375,11 +417,16 @@ impl Body for CallBody {
 }
 
 /// Sends what calls have to say, as many as are ready in one message. Returns when the link or all calls are gone.
-async fn pump(mut waiting: mpsc::Receiver<Outgoing>, outbound: mpsc::Sender<Vec<v1::RelayFrame>>) {
+async fn pump(
+    mut waiting: mpsc::Receiver<Outgoing>,
+    entries: Arc<Entries>,
+    outbound: mpsc::Sender<Vec<v1::RelayFrame>>,
+) {
     let mut ready = Vec::new();
     loop {
-        if waiting.recv_many(&mut ready, limits::RELAY_FRAMES_COUNT_MAX).await == 0 {
-            return;
+        tokio::select! {
+            count = waiting.recv_many(&mut ready, limits::RELAY_FRAMES_COUNT_MAX) => if count == 0 { return },
+            () = entries.some.notified() => ready.append(&mut entries.answers()),
         }
         let mut batch = Vec::with_capacity(2 * ready.len());
         let mut size_bytes = 0;
@@ -416,6 +463,7 @@ mod tests {
         sync_client::{Content, Entry, SyncClient, SyncError},
     };
     use millstream_proto::supervisor::v1::RelayFrames;
+    use prost::Message as _;
     use tokio::{runtime::Handle, sync::Mutex, task::JoinHandle};
     use tokio_stream::wrappers::ReceiverStream;
 

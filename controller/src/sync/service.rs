@@ -16,7 +16,7 @@ use tokio_stream::Stream;
 use tonic::{Request, Response, Status};
 
 use super::{
-    Refusal, Speaker,
+    CallId, Refusal, Speaker,
     barrier::{Barrier, Connection, Decided},
     board::{self, Answer, IMPLICIT_TOKEN},
     host::{Line, SyncHost, WeakHost, roll},
@@ -64,17 +64,33 @@ impl Service {
         host.ask(caller.speaker, request, caller.line.as_ref()).await.ok_or_else(gone)
     }
 
-    /// Enters a barrier: the part of `SyncService.Enter` that the relay shares.
-    pub(crate) async fn enter(
+    /// Enters a barrier for the relay, which encodes the answer itself: `reply` is given it, now or later.
+    pub(crate) fn enter_with(
         &self,
+        call: CallId,
         caller: &Caller,
-        message: v1::EnterRequest,
-    ) -> Result<(Arc<Decided>, u32), Status> {
-        let request = enter_request(caller, message)?;
-        match self.ask(caller, request).await? {
-            Answer::Released { decided, arrival } => Ok((decided, arrival)),
-            other => Err(status(other)),
+        message: Bytes,
+        reply: impl FnOnce(Result<Bytes, Status>) + Send + 'static,
+    ) {
+        let request = v1::EnterRequest::decode(message)
+            .map_err(|error| Status::invalid_argument(format!("the message is no EnterRequest: {error}")))
+            .and_then(|message| enter_request(caller, message))
+            .and_then(|request| Ok((self.host()?, request)));
+        match request {
+            Err(status) => reply(Err(status)),
+            Ok((host, request)) => {
+                let answered = move |answer| match answer {
+                    Answer::Released { decided, arrival } => reply(Ok(encoded_release(&decided, arrival))),
+                    other => reply(Err(status(other))),
+                };
+                host.ask_with(call, caller.speaker, request, Box::new(answered));
+            }
         }
+    }
+
+    /// The host, while it is there.
+    pub(crate) fn upgrade(&self) -> Option<SyncHost> {
+        self.host.upgrade()
     }
 
     /// Does what is answered with an empty message.
@@ -98,8 +114,10 @@ fn take<T>(request: Request<T>) -> Result<(Caller, T), Status> {
 impl SyncService for Service {
     async fn enter(&self, request: Request<v1::EnterRequest>) -> Result<Response<v1::EnterResponse>, Status> {
         let (caller, message) = take(request)?;
-        let (decided, arrival) = Self::enter(self, &caller, message).await?;
-        Ok(Response::new(enter_response(&decided, arrival)))
+        match self.ask(&caller, enter_request(&caller, message)?).await? {
+            Answer::Released { decided, arrival } => Ok(Response::new(enter_response(&decided, arrival))),
+            other => Err(status(other)),
+        }
     }
 
     async fn abort(&self, request: Request<v1::AbortRequest>) -> Result<Response<v1::AbortResponse>, Status> {
@@ -326,7 +344,7 @@ fn enter_request(caller: &Caller, message: v1::EnterRequest) -> Result<board::Re
 }
 
 /// The same as a message, with the list of parties, which is the same for all of them, encoded once.
-pub(crate) fn encoded_release(decided: &Decided, arrival: u32) -> Bytes {
+fn encoded_release(decided: &Decided, arrival: u32) -> Bytes {
     // Fields of a message may stand in any order, and repeated ones apart from each other: what differs comes first.
     let own = v1::EnterResponse {
         generation: decided.meeting.generation,
