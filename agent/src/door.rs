@@ -91,6 +91,14 @@ pub enum DoorError {
         #[source]
         source: io::Error,
     },
+    /// Sockets of blocks could not be bound below it.
+    #[error("the state directory `{}` has a path of {length} bytes, but sockets below it leave room for {STATE_PATH_BYTES_MAX}: set `state_directory` (for local streams the variable TMPDIR) to a shorter one", path.display())]
+    TooLong {
+        /// The directory.
+        path: PathBuf,
+        /// Bytes of its path.
+        length: usize,
+    },
     /// The store of shipped files cannot be used.
     #[error("failed to use the store of shipped files: {}", millstream_common::tls::reason(source))]
     Blobs {
@@ -695,8 +703,16 @@ fn limits_word(source: LimitsSource) -> &'static str {
     }
 }
 
+/// Path of a state directory. The system takes 107 bytes for the path of a socket, and a block's needs 69 of them:
+/// `/sessions/`, 36 digits, `/sync/`, 12 digits, `.sock`.
+const STATE_PATH_BYTES_MAX: usize = 107 - 69;
+
 /// Takes the state directory for this process alone.
 fn lock_state(state: &Path) -> Result<fs::File, DoorError> {
+    let length = state.as_os_str().len();
+    if length > STATE_PATH_BYTES_MAX {
+        return Err(DoorError::TooLong { path: state.to_owned(), length });
+    }
     let path = state.join("agent.lock");
     let failed = |source| DoorError::State { path: state.to_owned(), source };
     let file =

@@ -398,6 +398,15 @@ async fn two_agents_do_not_share_a_state_directory() {
 }
 
 #[tokio::test]
+async fn a_state_directory_without_room_for_sockets_is_refused_at_the_start() {
+    let directory = tempfile::tempdir().unwrap();
+    let state = directory.path().join("a-directory-with-a-long-name-of-its-own");
+    std::fs::create_dir(&state).unwrap();
+    let refused = Door::open(config(&state, true), World::system()).await.unwrap_err().to_string();
+    assert!(refused.contains("leave room for 38: set `state_directory`"), "{refused}");
+}
+
+#[tokio::test]
 async fn a_reserved_host_is_waited_for_and_given_on() {
     let state = tempfile::tempdir().unwrap();
     let agent = Agent::start(state.path(), true).await;
