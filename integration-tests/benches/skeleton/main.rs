@@ -30,7 +30,7 @@ const FILES: usize = 10_000;
 
 fn main() {
     millstream::enter();
-    let directory = tempfile::Builder::new().prefix("millstream-bench-").tempdir_in(shared_memory()).unwrap();
+    let directory = tempfile::Builder::new().prefix("b-").tempdir_in(shared_memory()).unwrap();
     let place = Namespace::create("bench");
     let authority = Authority::create(&directory.path().join("authority"));
     let agent = Agent::start(
