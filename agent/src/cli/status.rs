@@ -27,13 +27,13 @@ pub(super) struct Status {
     #[arg(default_value = UNIX_SOCKET)]
     agent: String,
     /// Certificate of the role operator or controller, for `tls://`.
-    #[arg(long, value_name = "FILE", env = "MILLSTREAM_CERTIFICATE")]
+    #[arg(long, value_name = "FILE", env = "MILLSTREAM_CERT")]
     certificate: Option<PathBuf>,
     /// Its private key.
     #[arg(long, value_name = "FILE", env = "MILLSTREAM_KEY")]
     key: Option<PathBuf>,
     /// Certificate of the authority.
-    #[arg(long, value_name = "FILE", env = "MILLSTREAM_AUTHORITY")]
+    #[arg(long, value_name = "FILE", env = "MILLSTREAM_CA")]
     authority: Option<PathBuf>,
     /// Name in the agent's certificate, when it is dialled by another.
     #[arg(long, value_name = "NAME")]
