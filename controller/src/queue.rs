@@ -122,13 +122,30 @@ struct Entry {
     held: bool,
     /// Whether the host was given it as a held one: telling it to begin then takes a message.
     put_held: bool,
-    /// What was asked of the host and must be asked again after the connection broke.
+    /// What was asked of the host: passed on once it has the task, and again after the connection broke.
     wish: Option<Wish>,
 }
 
 impl Entry {
     fn is_handed_over(&self) -> bool {
         self.life >= Life::Put
+    }
+
+    /// Whether the host is known to have it: only then can it be told anything about it.
+    fn is_with_host(&self) -> bool {
+        self.life >= Life::Accepted
+    }
+
+    /// Everything that the host should have been told about it. Telling it twice changes nothing.
+    fn repeat_orders(&self, actions: &mut Vec<Action>) {
+        if self.put_held && !self.held && self.life < Life::Running {
+            actions.push(Action::Go { number: self.number });
+        }
+        match self.wish {
+            Some(Wish::Cancel) => actions.push(Action::Cancel { number: self.number }),
+            Some(Wish::Stop) => actions.push(Action::Stop { number: self.number }),
+            None => {}
+        }
     }
 }
 
@@ -186,9 +203,9 @@ impl Queue {
             }
             Event::SessionResumed => self.resume(actions),
             Event::SessionLost => self.lose(actions),
-            Event::Prepared { number } => self.enter(number, Life::Preparing, Life::Ready),
-            Event::Accepted { number } => self.enter(number, Life::Put, Life::Accepted),
-            Event::Began { number } => self.begin(number),
+            Event::Prepared { number } => self.ready(number),
+            Event::Accepted { number } => self.accept(number, actions),
+            Event::Began { number } => self.begin(number, actions),
             Event::Refused { number } => {
                 self.remove(number);
             }
@@ -221,15 +238,30 @@ impl Queue {
         self.entries.push_back(entry);
     }
 
-    fn enter(&mut self, number: u32, from: Life, to: Life) {
+    fn ready(&mut self, number: u32) {
         if let Some(entry) = self.entry(number)
-            && entry.life == from
+            && entry.life == Life::Preparing
         {
-            entry.life = to;
+            entry.life = Life::Ready;
         }
     }
 
-    fn begin(&mut self, number: u32) {
+    /// What was asked of a task while it was on its way is passed on now: sooner, the host might not know the task yet.
+    fn accept(&mut self, number: u32, actions: &mut Vec<Action>) {
+        let up = self.session == Session::Up;
+        if let Some(entry) = self.entry(number)
+            && entry.life == Life::Put
+        {
+            entry.life = Life::Accepted;
+            if up {
+                entry.repeat_orders(actions);
+            }
+        }
+    }
+
+    /// The news that a task runs may overtake the answer that it was taken.
+    fn begin(&mut self, number: u32, actions: &mut Vec<Action>) {
+        self.accept(number, actions);
         if let Some(entry) = self.entry(number)
             && entry.is_handed_over()
         {
@@ -245,14 +277,8 @@ impl Queue {
         for entry in self.entries.iter().filter(|entry| entry.is_handed_over()) {
             if entry.life == Life::Put {
                 actions.push(Action::Put { number: entry.number, previous, held: entry.put_held });
-            }
-            if entry.put_held && !entry.held && entry.life < Life::Running {
-                actions.push(Action::Go { number: entry.number });
-            }
-            match entry.wish {
-                Some(Wish::Cancel) => actions.push(Action::Cancel { number: entry.number }),
-                Some(Wish::Stop) => actions.push(Action::Stop { number: entry.number }),
-                None => {}
+            } else {
+                entry.repeat_orders(actions);
             }
             previous = entry.number;
         }
@@ -304,7 +330,7 @@ impl Queue {
             && entry.held
         {
             entry.held = false;
-            if entry.put_held && up {
+            if entry.put_held && entry.is_with_host() && up {
                 actions.push(Action::Go { number });
             }
         }
@@ -321,7 +347,7 @@ impl Queue {
         }
         // A stop goes further than a cancellation and replaces it, never the other way round.
         entry.wish = entry.wish.max(Some(wish));
-        if up {
+        if up && entry.is_with_host() {
             actions.push(match wish {
                 Wish::Cancel => Action::Cancel { number },
                 Wish::Stop => Action::Stop { number },

@@ -53,6 +53,10 @@ struct FakeState {
     /// Waiting tasks of each stream, the running one first.
     queues: BTreeMap<String, Vec<(String, v1::TaskSpec)>>,
     received: Vec<(u32, u32)>,
+    /// Starts that came before the one they name as previous: starts may overtake one another on their way.
+    early: Vec<v1::StartTaskRequest>,
+    /// Stream and number of every task that was taken.
+    taken: Vec<(String, u32)>,
     events: Vec<v1::TaskEvent>,
     large: Vec<String>,
 }
@@ -68,6 +72,25 @@ impl Fake {
     fn say(&self, state: &mut FakeState, task: &str, event: Event) {
         state.events.push(v1::TaskEvent { task_id: task.to_owned(), event: Some(event) });
         self.shared.changed.send_modify(|count| *count += 1);
+    }
+
+    /// Queues every task whose previous one was taken.
+    fn take(&self, state: &mut FakeState) {
+        let is_next = |state: &FakeState, early: &v1::StartTaskRequest| {
+            let stream = &early.spec.as_ref().expect("checked on receipt").stream;
+            early.previous_number == 0 || state.taken.contains(&(stream.clone(), early.previous_number))
+        };
+        while let Some(index) = state.early.iter().position(|early| is_next(state, early)) {
+            let request = state.early.remove(index);
+            let spec = request.spec.expect("checked on receipt");
+            let stream = spec.stream.clone();
+            state.taken.push((stream.clone(), spec.stream_number));
+            let queue = state.queues.entry(stream.clone()).or_default();
+            queue.push((request.task_id, spec));
+            if queue.len() == 1 {
+                self.advance(state, &stream);
+            }
+        }
     }
 
     /// Begins the first task of a stream, unless it runs or is held.
@@ -244,14 +267,10 @@ impl AgentService for Fake {
         let mut state = self.lock();
         let known = state.events.iter().any(|event| event.task_id == request.task_id);
         if !known && Self::stream_of(&state, &request.task_id).is_none() {
+            state.early.retain(|early| early.task_id != request.task_id);
             state.received.push((spec.stream_number, request.previous_number));
-            let stream = spec.stream.clone();
-            let queue = state.queues.entry(stream.clone()).or_default();
-            queue.push((request.task_id, spec));
-            queue.sort_by_key(|(_, spec)| spec.stream_number);
-            if queue.len() == 1 {
-                self.advance(&mut state, &stream);
-            }
+            state.early.push(v1::StartTaskRequest { spec: Some(spec), ..request });
+            self.take(&mut state);
         }
         Ok(Response::new(v1::StartTaskResponse::default()))
     }
@@ -509,7 +528,8 @@ async fn prepared_tasks_start_together_and_are_cancelled_when_dropped() {
     let behind = a.prepare(word("true"));
     let error = start_together([behind]).await.unwrap_err();
     assert!(error.to_string().contains("cannot begin with the others"), "{error}");
-    assert!(held.start().wait().await.unwrap().passed());
+    let outcome = held.start().wait().await.unwrap();
+    assert!(outcome.passed(), "{outcome}");
 }
 
 #[tokio::test]

@@ -87,6 +87,7 @@ fn a_task_that_was_not_handed_over_is_cancelled_here_and_the_other_by_the_host()
             scheduled(1),
             scheduled(2),
             prepared(1),
+            Event::Accepted { number: 1 },
             Event::CancelAsked { number: 2 },
             Event::CancelAsked { number: 1 },
             Event::StopAsked { number: 2 },
@@ -96,6 +97,7 @@ fn a_task_that_was_not_handed_over_is_cancelled_here_and_the_other_by_the_host()
             Scheduled(1, held: false) -> Prepare(1)
             Scheduled(2, held: false) -> nothing
             Prepared(1) -> Put(1, after 0, held: false)
+            Accepted(1) -> nothing
             CancelAsked(2) -> Finish(2, ending: Cancelled)
             CancelAsked(1) -> Cancel(1)
             StopAsked(2) -> nothing
@@ -113,6 +115,7 @@ fn a_held_task_keeps_its_place_and_goes_by_one_message() {
             scheduled(2),
             prepared(1),
             prepared(2),
+            Event::Accepted { number: 1 },
             Event::GoAsked { number: 1 },
             Event::GoAsked { number: 1 },
         ],
@@ -122,8 +125,40 @@ fn a_held_task_keeps_its_place_and_goes_by_one_message() {
             Scheduled(2, held: false) -> Prepare(2)
             Prepared(1) -> Put(1, after 0, held: true)
             Prepared(2) -> Put(2, after 1, held: false)
+            Accepted(1) -> nothing
             GoAsked(1) -> Go(1)
             GoAsked(1) -> nothing
+        "#]],
+    );
+}
+
+#[test]
+fn the_host_is_told_nothing_of_a_task_that_it_may_not_know_yet() {
+    check(
+        8,
+        &[
+            Event::SessionOpened,
+            Event::Scheduled { number: 1, held: true },
+            scheduled(2),
+            prepared(1),
+            prepared(2),
+            Event::GoAsked { number: 1 },
+            Event::StopAsked { number: 2 },
+            Event::Accepted { number: 1 },
+            Event::Began { number: 2 },
+            Event::Accepted { number: 2 },
+        ],
+        expect![[r#"
+            SessionOpened -> nothing
+            Scheduled(1, held: true) -> Prepare(1)
+            Scheduled(2, held: false) -> Prepare(2)
+            Prepared(1) -> Put(1, after 0, held: true)
+            Prepared(2) -> Put(2, after 1, held: false)
+            GoAsked(1) -> nothing
+            StopAsked(2) -> nothing
+            Accepted(1) -> Go(1)
+            Began(2) -> Stop(2)
+            Accepted(2) -> nothing
         "#]],
     );
 }
