@@ -12,17 +12,17 @@ use std::{
 
 use arc_swap::ArcSwap;
 use millstream_common::{
-    text::{nearest, printable},
-    tls::{self, TlsError, TlsPaths},
+    text::nearest,
+    tls::{self, TlsPaths},
+    yaml::{self, Located, Mark, Value, YamlError},
 };
-use serde::{
-    Deserialize, Deserializer,
-    de::{MapAccess, SeqAccess, Visitor},
-};
-use serde_yaml::{DuplicateKeyPolicy, Location, Spanned};
 use tokio::net::{TcpListener, UnixListener};
 
 use crate::door::Listener;
+
+mod errors;
+
+pub use errors::ConfigError;
 
 /// Where the configuration is unless the command line says otherwise.
 pub const CONFIG_PATH: &str = "/etc/millstream/agent.yaml";
@@ -39,6 +39,8 @@ const SOCKET_MODE: u32 = 0o666;
 
 const KEYS: &[&str] = &["listen", "state_directory", "tls", "unix_socket"];
 const TLS_KEYS: &[&str] = &["authority", "certificate", "key"];
+/// Other words that are understood, and the ones that they stand for.
+const ALIASES: [(&str, &str); 1] = [("ca", "authority")];
 
 /// A place in a configuration file, as editors take it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -79,150 +81,6 @@ pub struct Config {
     pub tls: Option<Placed<TlsPaths>>,
 }
 
-/// Why there is no configuration, or why it cannot be followed. Each says where, why, and what to do.
-#[derive(Debug, thiserror::Error)]
-pub enum ConfigError {
-    /// The file cannot be read.
-    #[error("failed to read the configuration `{}`: {}; write it, or name another with `--config`", path.display(), tls::reason(source))]
-    Read {
-        /// The file.
-        path: PathBuf,
-        /// What the system said.
-        #[source]
-        source: io::Error,
-    },
-    /// The file is no YAML.
-    #[error("{place}: {reason}")]
-    Yaml {
-        /// Where.
-        place: Place,
-        /// What the parser said.
-        reason: String,
-    },
-    /// A key that means nothing here.
-    #[error("{place}: `{}` is no key of {owner}{}", printable(key.as_bytes(), 64), meant(*near, keys))]
-    UnknownKey {
-        /// Where.
-        place: Place,
-        /// The key.
-        key: String,
-        /// What it stands in.
-        owner: &'static str,
-        /// A key that looks like it.
-        near: Option<&'static str>,
-        /// The keys that there are.
-        keys: &'static [&'static str],
-    },
-    /// A key that stands twice.
-    #[error("{place}: `{}` is given twice: remove one", printable(key.as_bytes(), 64))]
-    Twice {
-        /// Where, the second time.
-        place: Place,
-        /// The key.
-        key: String,
-    },
-    /// A value of another kind.
-    #[error("{place}: `{key}` must be {wanted}")]
-    Value {
-        /// Where.
-        place: Place,
-        /// Its key.
-        key: &'static str,
-        /// What it must be.
-        wanted: &'static str,
-    },
-    /// An address that is none.
-    #[error("{place}: `{}` is no address to listen on: write numbers, such as 127.0.0.1:{PORT} or [::]:{PORT}", printable(text.as_bytes(), 128))]
-    Address {
-        /// Where.
-        place: Place,
-        /// The text.
-        text: String,
-    },
-    /// A key is missing.
-    #[error(
-        "{place}: `tls` needs `{key}` as well: the path of a file in PEM form, made by `millstream-agent pki issue`"
-    )]
-    Missing {
-        /// Where the mapping is.
-        place: Place,
-        /// Which key.
-        key: &'static str,
-    },
-    /// An open door.
-    #[error(
-        "{place}: refusing to listen on {address} without TLS: anybody who can reach it could run programs here. Change this \
-         line to 127.0.0.1:{}, or add `tls:` with `certificate`, `key` and `authority` (`millstream-agent pki init` and `pki \
-         issue` make them)", address.port()
-    )]
-    NoTls {
-        /// Where.
-        place: Place,
-        /// The address.
-        address: SocketAddr,
-    },
-    /// TLS cannot be set up.
-    #[error("{place}: {source}")]
-    Tls {
-        /// Where it is configured.
-        place: Place,
-        /// Why not.
-        #[source]
-        source: TlsError,
-    },
-    /// An address cannot be bound.
-    #[error("{place}: failed to listen on {address}: {}; {}", tls::reason(source), bind_step(source, *address))]
-    Bind {
-        /// Where it is configured.
-        place: Place,
-        /// The address.
-        address: SocketAddr,
-        /// What the system said.
-        #[source]
-        source: io::Error,
-    },
-    /// A Unix socket cannot be bound.
-    #[error("{place}: failed to listen on `{}`: {}; choose another `unix_socket` that this user can make", path.display(), tls::reason(source))]
-    BindUnix {
-        /// Where it is configured.
-        place: Place,
-        /// The socket.
-        path: PathBuf,
-        /// What the system said.
-        #[source]
-        source: io::Error,
-    },
-    /// Somebody listens on the Unix socket.
-    #[error("{place}: another program listens on `{}`: stop it, or choose another `unix_socket`", path.display())]
-    UnixInUse {
-        /// Where it is configured.
-        place: Place,
-        /// The socket.
-        path: PathBuf,
-    },
-}
-
-fn meant(near: Option<&'static str>, keys: &[&str]) -> String {
-    match near {
-        Some(near) => format!(": did you mean `{near}`?"),
-        None => format!(": there are {}", keys.join(", ")),
-    }
-}
-
-fn bind_step(source: &io::Error, address: SocketAddr) -> String {
-    match source.kind() {
-        io::ErrorKind::AddrInUse => format!(
-            "another program has the port (`ss -ltnp sport = :{}` names it): stop it, or change this line",
-            address.port()
-        ),
-        io::ErrorKind::AddrNotAvailable => {
-            "no interface of this host has the address (`ip address` lists them): change this line".to_owned()
-        }
-        io::ErrorKind::PermissionDenied => "ports below 1024 are for root: change this line".to_owned(),
-        _ => "change this line".to_owned(),
-    }
-}
-
 impl Config {
     /// Reads a configuration file.
     ///
@@ -242,15 +100,9 @@ impl Config {
     /// When something in it cannot be followed.
     pub fn parse(file: &Path, text: &str) -> Result<Self, ConfigError> {
         let reader = Reader { file };
-        let options = serde_yaml::options! {
-            // Told below in our own words.
-            duplicate_keys: DuplicateKeyPolicy::PassThrough,
-        };
-        let root: Spanned<Raw> = serde_yaml::from_str_with_options(text, options).map_err(|error| {
-            let (line, column) = error.location().map_or((1, 1), |at| (at.line(), at.column()));
-            let reason = error.without_snippet().to_string();
-            let reason = reason.split(" at line ").next().unwrap_or_default().to_owned();
-            ConfigError::Yaml { place: Place { file: file.to_owned(), line, column }, reason }
+        let root = yaml::parse(text).map_err(|error| match error {
+            YamlError::Syntax { mark, reason } => ConfigError::Yaml { place: reader.place(mark), reason },
+            YamlError::Twice { key, second, .. } => ConfigError::Twice { place: reader.place(second), key },
         })?;
         let mut config = Self::built_in(file);
         for (key, value) in reader.mapping(root, "the configuration", "the configuration", KEYS)? {
@@ -341,49 +193,43 @@ impl Config {
     }
 }
 
-/// What the YAML library understands, with the place of everything.
-enum Raw {
-    Null,
-    Text(String),
-    List(Vec<Spanned<Self>>),
-    Map(Vec<(Spanned<String>, Spanned<Self>)>),
-}
-
 /// Makes values out of what was read.
 struct Reader<'a> {
     file: &'a Path,
 }
 
 impl Reader<'_> {
-    fn place(&self, location: &Location) -> Place {
-        Place { file: self.file.to_owned(), line: location.line(), column: location.column() }
+    fn place(&self, mark: Mark) -> Place {
+        Place { file: self.file.to_owned(), line: mark.line, column: mark.column }
     }
 
     fn mapping(
         &self,
-        raw: Spanned<Raw>,
+        located: Located,
         key: &'static str,
         owner: &'static str,
         keys: &'static [&'static str],
-    ) -> Result<Vec<(&'static str, Spanned<Raw>)>, ConfigError> {
-        let pairs = match raw.value {
-            Raw::Map(pairs) => pairs,
-            Raw::Null => Vec::new(),
-            Raw::Text(_) | Raw::List(_) => {
-                let place = self.place(&raw.defined);
+    ) -> Result<Vec<(&'static str, Located)>, ConfigError> {
+        let entries = match located.value {
+            Value::Map(entries) => entries,
+            Value::Null => return Ok(Vec::new()),
+            Value::Scalar { .. } | Value::List(_) => {
+                let place = self.place(located.mark);
                 return Err(ConfigError::Value { place, key, wanted: "a mapping: lines of `key: value`" });
             }
         };
-        let mut found: Vec<(&'static str, Spanned<Raw>)> = Vec::new();
-        for (key, value) in pairs {
-            let place = self.place(&key.defined);
-            let Some(known) = keys.iter().find(|known| **known == key.value) else {
-                let near = nearest(&key.value, keys.iter().copied());
+        let mut found: Vec<(&'static str, Located)> = Vec::new();
+        for (key, (mark, value)) in entries {
+            let place = self.place(mark);
+            let meant =
+                ALIASES.iter().find(|(alias, _)| *alias == key).map_or(key.as_str(), |(_, meant)| meant);
+            let Some(known) = keys.iter().find(|known| **known == meant) else {
+                let near = nearest(&key, keys.iter().copied());
                 let near = near.and_then(|near| keys.iter().copied().find(|key| *key == near));
-                return Err(ConfigError::UnknownKey { place, key: key.value, owner, near, keys });
+                return Err(ConfigError::UnknownKey { place, key, owner, near, keys });
             };
             if found.iter().any(|(before, _)| before == known) {
-                return Err(ConfigError::Twice { place, key: key.value });
+                return Err(ConfigError::Twice { place, key: (*known).to_owned() });
             }
             found.push((known, value));
         }
@@ -393,34 +239,34 @@ impl Reader<'_> {
     fn text(
         &self,
         key: &'static str,
-        raw: Spanned<Raw>,
+        located: Located,
         wanted: &'static str,
     ) -> Result<Placed<String>, ConfigError> {
-        let place = self.place(&raw.defined);
-        match raw.value {
-            Raw::Text(value) if !value.is_empty() => Ok(Placed { value, place }),
+        let place = self.place(located.mark);
+        match located.value {
+            Value::Scalar { text, .. } if !text.is_empty() => Ok(Placed { value: text, place }),
             _ => Err(ConfigError::Value { place, key, wanted }),
         }
     }
 
-    fn path(&self, key: &'static str, raw: Spanned<Raw>) -> Result<Placed<PathBuf>, ConfigError> {
-        let text = self.text(key, raw, "an absolute path")?;
+    fn path(&self, key: &'static str, located: Located) -> Result<Placed<PathBuf>, ConfigError> {
+        let text = self.text(key, located, "an absolute path")?;
         if !text.value.starts_with('/') {
             return Err(ConfigError::Value { place: text.place, key, wanted: "an absolute path" });
         }
         Ok(Placed { value: text.value.into(), place: text.place })
     }
 
-    fn addresses(&self, raw: Spanned<Raw>) -> Result<Vec<Placed<SocketAddr>>, ConfigError> {
+    fn addresses(&self, located: Located) -> Result<Vec<Placed<SocketAddr>>, ConfigError> {
         let wanted = "an address and a port, such as 127.0.0.1:7433, or a list of them";
-        let entries = match raw.value {
-            Raw::List(entries) => entries,
+        let entries = match located.value {
+            Value::List(entries) => entries,
             // Only the Unix socket.
-            Raw::Null => Vec::new(),
-            _ => vec![raw],
+            Value::Null => Vec::new(),
+            _ => vec![located],
         };
-        let address = |raw: Spanned<Raw>| {
-            let text = self.text("listen", raw, wanted)?;
+        let address = |located: Located| {
+            let text = self.text("listen", located, wanted)?;
             let parsed =
                 text.value.parse().or_else(|_| text.value.parse().map(|ip| SocketAddr::new(ip, PORT)));
             match parsed {
@@ -431,10 +277,10 @@ impl Reader<'_> {
         entries.into_iter().map(address).collect()
     }
 
-    fn tls(&self, raw: Spanned<Raw>) -> Result<Placed<TlsPaths>, ConfigError> {
-        let place = self.place(&raw.defined);
+    fn tls(&self, located: Located) -> Result<Placed<TlsPaths>, ConfigError> {
+        let place = self.place(located.mark);
         let (mut certificate, mut private, mut authority) = (None, None, None);
-        for (key, value) in self.mapping(raw, "tls", "`tls`", TLS_KEYS)? {
+        for (key, value) in self.mapping(located, "tls", "`tls`", TLS_KEYS)? {
             let path = Some(self.path(key, value)?.value);
             match key {
                 "certificate" => certificate = path,
@@ -449,66 +295,6 @@ impl Reader<'_> {
             authority: authority.ok_or_else(|| missing("authority"))?,
         };
         Ok(Placed { value, place })
-    }
-}
-
-impl<'de> Deserialize<'de> for Raw {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        deserializer.deserialize_any(RawVisitor)
-    }
-}
-
-struct RawVisitor;
-
-impl<'de> Visitor<'de> for RawVisitor {
-    type Value = Raw;
-
-    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("a mapping, a list or a text")
-    }
-
-    fn visit_unit<E>(self) -> Result<Raw, E> {
-        Ok(Raw::Null)
-    }
-
-    fn visit_none<E>(self) -> Result<Raw, E> {
-        Ok(Raw::Null)
-    }
-
-    fn visit_bool<E>(self, value: bool) -> Result<Raw, E> {
-        Ok(Raw::Text(value.to_string()))
-    }
-
-    fn visit_i64<E>(self, value: i64) -> Result<Raw, E> {
-        Ok(Raw::Text(value.to_string()))
-    }
-
-    fn visit_u64<E>(self, value: u64) -> Result<Raw, E> {
-        Ok(Raw::Text(value.to_string()))
-    }
-
-    fn visit_f64<E>(self, value: f64) -> Result<Raw, E> {
-        Ok(Raw::Text(value.to_string()))
-    }
-
-    fn visit_str<E>(self, value: &str) -> Result<Raw, E> {
-        Ok(Raw::Text(value.to_owned()))
-    }
-
-    fn visit_seq<A: SeqAccess<'de>>(self, mut access: A) -> Result<Raw, A::Error> {
-        let mut entries = Vec::new();
-        while let Some(entry) = access.next_element()? {
-            entries.push(entry);
-        }
-        Ok(Raw::List(entries))
-    }
-
-    fn visit_map<A: MapAccess<'de>>(self, mut access: A) -> Result<Raw, A::Error> {
-        let mut pairs = Vec::new();
-        while let Some(pair) = access.next_entry()? {
-            pairs.push(pair);
-        }
-        Ok(Raw::Map(pairs))
     }
 }
 
@@ -548,6 +334,12 @@ mod tests {
                 r#"["0.0.0.0:7000", "[::1]:7433"] /run/millstream/agent.sock /var/lib/millstream Some("/a.pem")"#
             ]],
         );
+    }
+
+    #[test]
+    fn the_authority_may_be_called_ca_as_in_the_names_of_its_files() {
+        let config = with("tls: {certificate: /a.pem, key: /a.key, ca: /ca.pem}");
+        assert_eq!(config.tls.unwrap().value.authority, Path::new("/ca.pem"));
     }
 
     #[test]

@@ -19,3 +19,4 @@ pub mod sync_client;
 pub mod text;
 pub mod tls;
 pub mod tree;
+pub mod yaml;

@@ -1,30 +1,18 @@
-//! Reads parameter trees from YAML: the one module that knows the YAML library.
-//!
-//! Keys keep their order and their spelling: the key 1 is the text "1". Every value keeps its line and column. What YAML
-//! lets pass silently, a key given twice, is refused here with both places.
+//! Reads parameter trees from YAML files and texts, and says what is wrong with one by file, line and column.
 
 use std::{
-    fmt, fs, io,
+    fs, io,
     path::{Path, PathBuf},
     str::FromStr,
     sync::Arc,
 };
 
-use indexmap::{IndexMap, map};
-use serde::{
-    Deserialize, Deserializer,
-    de::{MapAccess, SeqAccess, Visitor},
-};
-use serde_yaml::{DuplicateKeyPolicy, Location, Spanned};
+use millstream_common::yaml::{self, Located, Mark, YamlError};
 
 use super::{Entry, Node, Origin, Params, Value};
 
 /// Bytes of one file of parameters.
 const FILE_BYTES_MAX: u64 = 16 * 1024 * 1024;
-
-/// Mappings and lists inside each other. A build without optimisation takes 40 KiB of stack for each, and a thread may
-/// have 2 MiB.
-const DEPTH_MAX: usize = 24;
 
 /// Why there is no parameter tree.
 #[derive(Debug, thiserror::Error)]
@@ -95,134 +83,28 @@ impl FromStr for Params {
 /// Reads YAML text; `source` is what it is called in errors.
 pub(crate) fn parse(source: &str, text: &str) -> Result<Params, ReadParamsError> {
     let source: Arc<str> = source.into();
-    let options = serde_yaml::options! {
-        // Repeated keys are refused below, with both places.
-        duplicate_keys: DuplicateKeyPolicy::PassThrough,
-        leading_zero_numbers_as_strings: true,
-        underscored_numbers_as_strings: true,
-        budget: serde_yaml::budget! { max_depth: DEPTH_MAX },
-    };
-    let root: Spanned<Raw> = serde_yaml::from_str_with_options(text, options).map_err(|error| {
-        let (line, column) = error.location().map_or((1, 1), |at| (at.line(), at.column()));
-        let reason = match error.without_snippet() {
-            serde_yaml::Error::Budget { .. } => {
-                format!("it is nested deeper than {DEPTH_MAX} levels, or repeats itself without end")
-            }
-            other => other.to_string().split(" at line ").next().unwrap_or_default().to_owned(),
-        };
-        ReadParamsError::Yaml { origin: Origin::at(&source, line, column), reason }
-    })?;
-    Ok(Params::of(node(&source, text, root)?))
+    let at = |mark: Mark| Origin::at(&source, mark.line, mark.column);
+    match yaml::parse(text) {
+        Ok(root) => Ok(Params::of(node(&source, root))),
+        Err(YamlError::Syntax { mark, reason }) => Err(ReadParamsError::Yaml { origin: at(mark), reason }),
+        Err(YamlError::Twice { key, first, second }) => {
+            Err(ReadParamsError::Duplicate { key, first: at(first), second: at(second) })
+        }
+    }
 }
 
-/// What the YAML library understands.
-enum Raw {
-    Null,
-    Scalar(serde_json::Value),
-    List(Vec<Spanned<Self>>),
-    Map(Vec<(Spanned<String>, Spanned<Self>)>),
-}
-
-fn node(source: &Arc<str>, text: &str, raw: Spanned<Raw>) -> Result<Node, ReadParamsError> {
-    let place = |spanned: &Location| Origin::at(source, spanned.line(), spanned.column());
-    let value = match raw.value {
-        Raw::Null => Value::Null,
-        Raw::Scalar(json) => {
-            let text = match &json {
-                serde_json::Value::String(text) => text.clone(),
-                other => written(text, &raw.defined).unwrap_or_else(|| other.to_string()),
-            };
-            Value::Scalar { text, json }
-        }
-        Raw::List(nodes) => {
-            Value::List(nodes.into_iter().map(|raw| node(source, text, raw)).collect::<Result<_, _>>()?)
-        }
-        Raw::Map(pairs) => {
-            let mut entries = IndexMap::with_capacity(pairs.len());
-            for (key, raw) in pairs {
-                let origin = place(&key.defined);
-                match entries.entry(key.value) {
-                    map::Entry::Vacant(vacant) => {
-                        vacant.insert(Entry { key: origin, node: node(source, text, raw)? });
-                    }
-                    map::Entry::Occupied(there) => {
-                        let (key, first) = (there.key().clone(), there.get().key.clone());
-                        return Err(ReadParamsError::Duplicate { key, first, second: origin });
-                    }
-                }
-            }
-            Value::Map(entries)
+fn node(source: &Arc<str>, located: Located) -> Node {
+    let at = |mark: Mark| Origin::at(source, mark.line, mark.column);
+    let value = match located.value {
+        yaml::Value::Null => Value::Null,
+        yaml::Value::Scalar { text, json } => Value::Scalar { text, json },
+        yaml::Value::List(nodes) => Value::List(nodes.into_iter().map(|inner| node(source, inner)).collect()),
+        yaml::Value::Map(entries) => {
+            let entry = |(key, (mark, inner))| (key, Entry { key: at(mark), node: node(source, inner) });
+            Value::Map(entries.into_iter().map(entry).collect())
         }
     };
-    Ok(Node { value, origin: place(&raw.defined) })
-}
-
-/// A scalar as it stands in the text.
-fn written(text: &str, location: &Location) -> Option<String> {
-    let span = location.span();
-    let start = usize::try_from(span.byte_offset()?).ok()?;
-    let end = start.checked_add(usize::try_from(span.byte_len()?).ok()?)?;
-    text.get(start..end).map(|scalar| scalar.trim().to_owned())
-}
-
-impl<'de> Deserialize<'de> for Raw {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        deserializer.deserialize_any(RawVisitor)
-    }
-}
-
-struct RawVisitor;
-
-impl<'de> Visitor<'de> for RawVisitor {
-    type Value = Raw;
-
-    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("a mapping, a list or a scalar")
-    }
-
-    fn visit_unit<E>(self) -> Result<Raw, E> {
-        Ok(Raw::Null)
-    }
-
-    fn visit_none<E>(self) -> Result<Raw, E> {
-        Ok(Raw::Null)
-    }
-
-    fn visit_bool<E>(self, value: bool) -> Result<Raw, E> {
-        Ok(Raw::Scalar(value.into()))
-    }
-
-    fn visit_i64<E>(self, value: i64) -> Result<Raw, E> {
-        Ok(Raw::Scalar(value.into()))
-    }
-
-    fn visit_u64<E>(self, value: u64) -> Result<Raw, E> {
-        Ok(Raw::Scalar(value.into()))
-    }
-
-    fn visit_f64<E>(self, value: f64) -> Result<Raw, E> {
-        Ok(Raw::Scalar(value.into()))
-    }
-
-    fn visit_str<E>(self, value: &str) -> Result<Raw, E> {
-        Ok(Raw::Scalar(value.into()))
-    }
-
-    fn visit_seq<A: SeqAccess<'de>>(self, mut access: A) -> Result<Raw, A::Error> {
-        let mut nodes = Vec::new();
-        while let Some(node) = access.next_element()? {
-            nodes.push(node);
-        }
-        Ok(Raw::List(nodes))
-    }
-
-    fn visit_map<A: MapAccess<'de>>(self, mut access: A) -> Result<Raw, A::Error> {
-        let mut pairs = Vec::new();
-        while let Some(pair) = access.next_entry()? {
-            pairs.push(pair);
-        }
-        Ok(Raw::Map(pairs))
-    }
+    Node { value, origin: at(located.mark) }
 }
 
 #[cfg(test)]
