@@ -195,6 +195,16 @@ pub enum DefinitionFault {
         /// All keys that the stream's type takes.
         known: String,
     },
+    /// A key stands beside another word for it.
+    #[error("stream `{name}` has `{meant}` and `{key}`, which mean the same: remove `{key}`")]
+    Alias {
+        /// The stream.
+        name: String,
+        /// The other word.
+        key: String,
+        /// The key.
+        meant: String,
+    },
     /// A key is missing.
     #[error("stream `{name}` of type `{kind}` lacks the key `{key}`")]
     Missing {

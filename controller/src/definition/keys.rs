@@ -29,10 +29,18 @@ pub(super) const BUILT_IN: [BuiltIn; 3] = [
     BuiltIn {
         name: "tls",
         address: Some("host"),
-        keys: &["host", "port", "ca", "certificate", "key", "server_name"],
+        keys: &["host", "port", "authority", "certificate", "key", "server_name"],
     },
     BuiltIn { name: "unix", address: Some("path"), keys: &["path"] },
 ];
+
+/// Other words that are understood, and the keys that they stand for: the file and its variable are called `ca`.
+const ALIASES: [(&str, &str); 1] = [("ca", "authority")];
+
+/// The key that a word stands for.
+pub(super) fn meant(word: &str) -> &str {
+    ALIASES.iter().find(|(alias, _)| *alias == word).map_or(word, |(_, key)| key)
+}
 
 /// Keys that every stream may have.
 pub(super) const COMMON: [&str; 9] =
@@ -58,9 +66,18 @@ pub(super) fn define(
     definition.kind = kind_text;
     let own = kinds.keys(&definition.kind);
     for (key, entry) in entries {
-        let is_own = own.map_or(!COMMON.contains(&key.as_str()), |own| own.contains(&key.as_str()));
+        let meant = if own.is_some() { meant(key) } else { key };
+        let is_own = own.map_or(!COMMON.contains(&meant), |own| own.contains(&meant));
         if is_own {
-            definition.options.insert(key.clone(), reader.text(key, &entry.node)?);
+            if meant != key && entries.contains_key(meant) {
+                return Err(DefinitionFault::Alias {
+                    name: name.to_string(),
+                    key: key.clone(),
+                    meant: meant.to_owned(),
+                }
+                .at(&entry.key));
+            }
+            definition.options.insert(meant.to_owned(), reader.text(key, &entry.node)?);
         } else if COMMON.contains(&key.as_str()) {
             reader.common(&mut definition, key, &entry.node)?;
         } else {

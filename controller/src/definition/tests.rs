@@ -145,7 +145,7 @@ fn unknown_words_name_the_nearest() {
     );
     check(
         "streams:\n  a: {type: tls, hots: x}\n",
-        expect!["lab.yaml:2:18: stream `a` has the unknown key `hots`: did you mean `host`? (there are `host`, `port`, `ca`, `certificate`, `key`, `server_name`, `type`, `env`, `cwd`, `user`, `timeout`, `wrap`, `limits`, `on_failure`, `exclusive`)"],
+        expect!["lab.yaml:2:18: stream `a` has the unknown key `hots`: did you mean `host`? (there are `host`, `port`, `authority`, `certificate`, `key`, `server_name`, `type`, `env`, `cwd`, `user`, `timeout`, `wrap`, `limits`, `on_failure`, `exclusive`)"],
     );
     check(
         "streams:\n  a: {type: local, zebra: x}\n",
@@ -157,11 +157,26 @@ fn unknown_words_name_the_nearest() {
     );
     check(
         "streams:\n  a: tls://x?prot=1\n",
-        expect!["lab.yaml:2:6: stream `a` has the unknown key `prot`: did you mean `port`? (there are `host`, `port`, `ca`, `certificate`, `key`, `server_name`, `type`, `env`, `cwd`, `user`, `timeout`, `wrap`, `limits`, `on_failure`, `exclusive`)"],
+        expect!["lab.yaml:2:6: stream `a` has the unknown key `prot`: did you mean `port`? (there are `host`, `port`, `authority`, `certificate`, `key`, `server_name`, `type`, `env`, `cwd`, `user`, `timeout`, `wrap`, `limits`, `on_failure`, `exclusive`)"],
     );
     check(
         "streams:\n  a: {type: local, limits: {memry: 1}}\n",
         expect!["lab.yaml:2:29: stream `a` has the unknown key `limits.memry`: did you mean `limits.memory`? (there are `memory`, `pids`, `cpu`)"],
+    );
+}
+
+#[test]
+fn the_authority_may_be_called_ca_as_in_the_name_of_its_file() {
+    check("streams:\n  a: {type: tls, host: x, ca: y}\n", expect!["a = tls://x?authority=y"]);
+    check("streams:\n  a: tls://x?ca=y\n", expect!["a = tls://x?authority=y"]);
+    check("streams:\n  a: {type: docker, ca: y}\n", expect!["a = docker?ca=y"]);
+    check(
+        "streams:\n  a: {type: tls, host: x, ca: y, authority: z}\n",
+        expect!["lab.yaml:2:27: stream `a` has `authority` and `ca`, which mean the same: remove `ca`"],
+    );
+    check(
+        "streams:\n  a: tls://x?ca=y&authority=z\n",
+        expect!["lab.yaml:2:6: stream `a` has the address `tls://x?ca=y&authority=z`: it gives a key twice"],
     );
 }
 

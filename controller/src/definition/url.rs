@@ -46,6 +46,7 @@ pub(super) fn define(
     let reader = Reader { name: &name };
     for pair in pairs {
         let (key, value) = pair.split_once('=').ok_or_else(|| refused("write its keys as `key=value`"))?;
+        let key = if own.is_some() { keys::meant(key) } else { key };
         let is_own = own.map_or(!keys::COMMON.contains(&key), |own| own.contains(&key));
         if is_own {
             if definition.options.insert(key.to_owned(), value.to_owned()).is_some() {

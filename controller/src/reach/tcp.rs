@@ -1,6 +1,6 @@
 //! An agent on another host, through TCP with mutual TLS: `tls://foo.example.com:7433`.
 //!
-//! The certificate files come from the stream's definition (`ca`, `certificate`, `key`), else from the environment
+//! The certificate files come from the stream's definition (`authority`, `certificate`, `key`), else from the environment
 //! (`MILLSTREAM_CA`, `MILLSTREAM_CERT`, `MILLSTREAM_KEY`), else from `~/.config/millstream/`. They are read anew for each
 //! connection, so that a renewed certificate is used without a restart.
 
@@ -19,7 +19,7 @@ const PORT: u16 = 7433;
 /// is being sent to it.
 const USER_TIMEOUT: Duration = Duration::from_secs(10);
 
-const OPTIONS: [&str; 6] = ["host", "port", "ca", "certificate", "key", "server_name"];
+const OPTIONS: [&str; 6] = ["host", "port", "authority", "certificate", "key", "server_name"];
 
 /// A host and port, and what is needed to trust each other.
 #[derive(Debug)]
@@ -53,7 +53,7 @@ impl Tls {
         let paths = TlsPaths {
             certificate: file(option("certificate"), "MILLSTREAM_CERT", "cert.pem"),
             key: file(option("key"), "MILLSTREAM_KEY", "key.pem"),
-            authority: file(option("ca"), "MILLSTREAM_CA", "ca.pem"),
+            authority: file(option("authority"), "MILLSTREAM_CA", "ca.pem"),
         };
         Ok(Self { host, port, server_name, paths })
     }
