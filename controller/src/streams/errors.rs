@@ -47,14 +47,14 @@ pub enum StreamError {
     #[error(transparent)]
     Definition(#[from] DefineStreamError),
     /// Its definition leads nowhere.
-    #[error("stream `{name}`, defined by {origin}: {source}")]
+    #[error("stream `{name}`, defined by {origin}: {reason}")]
     Place {
         /// Its name.
         name: StreamName,
         /// Where it was defined.
         origin: String,
         /// What is wrong.
-        source: PlaceError,
+        reason: PlaceError,
     },
     /// The pattern is no regular expression.
     #[error("`{pattern}` selects no streams: {reason}")]

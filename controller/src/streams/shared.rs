@@ -296,10 +296,10 @@ pub(super) fn stream_of(
     let line = definition.to_string();
     let Definition { name, kind, address, options, exclusive, defaults, origin } = definition;
     let place = Place { kind, address, options };
-    let reach = reach::resolve(&place, reaches).map_err(|source| StreamError::Place {
+    let reach = reach::resolve(&place, reaches).map_err(|reason| StreamError::Place {
         name: name.clone(),
         origin: origin.to_string(),
-        source,
+        reason,
     })?;
     let host = reach.host();
     let is_local = place.kind == "local";
