@@ -15,7 +15,7 @@ use std::{
     process::ExitCode,
 };
 
-use millstream_common::clock::World;
+use millstream_common::{clock::World, limits};
 use tokio::{
     io::AsyncReadExt as _,
     net::{UnixListener, unix::pipe},
@@ -114,6 +114,7 @@ async fn serve(directory: &Path, relaunch: Relaunch) -> Result<(), ChildError> {
         relaunch,
         base_environment: environment_of_the_test(),
         supervisors_inside: true,
+        blobs_bytes_max: limits::BLOBS_BYTES_MAX,
     };
     let door = Door::open(config, World::system()).await?;
     let ending = door.ending();

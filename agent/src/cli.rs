@@ -13,7 +13,7 @@ use std::{
 };
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use millstream_common::{clock::World, protocol, tls::Role};
+use millstream_common::{clock::World, limits, protocol, tls::Role};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
@@ -237,6 +237,7 @@ async fn serve(config: Config, relaunch: Relaunch) -> Result<(), RunError> {
         relaunch,
         base_environment: base_environment(),
         supervisors_inside: false,
+        blobs_bytes_max: limits::BLOBS_BYTES_MAX,
     };
     // First the state: an agent that may not use it must not take the socket of the one that does.
     let door = Door::open(door_config, World::system()).await?;

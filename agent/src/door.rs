@@ -9,6 +9,7 @@ pub mod identity;
 pub mod reload;
 pub(crate) mod service;
 pub mod status;
+pub(crate) mod store;
 pub(crate) mod supervisors;
 #[cfg(test)]
 mod tests;
@@ -42,6 +43,7 @@ pub use self::acceptor::{Connection, Listener};
 use self::{
     service::Service,
     status::{DiskUse, LastErrors},
+    store::Store,
     supervisors::{Kept, Notice, SessionDirectory, StartError, Starter, Supervised},
 };
 use crate::{
@@ -49,7 +51,7 @@ use crate::{
     host,
     session::{Action, Asking, Event, Found, OpenRefusal, Owner, Secret, Sessions, Ticket},
     supervisor::{
-        blobs::{BlobError, Blobs},
+        blobs::BlobError,
         cgroup::{Hierarchies, LimitsSource},
     },
 };
@@ -77,6 +79,8 @@ pub struct DoorConfig {
     pub base_environment: Vec<(String, String)>,
     /// Whether supervisors run inside this process: for an agent that ends with its one controller.
     pub supervisors_inside: bool,
+    /// Bytes that shipped files may take together: [`limits::BLOBS_BYTES_MAX`] for a real agent.
+    pub blobs_bytes_max: u64,
 }
 
 /// Why the door does not open.
@@ -131,7 +135,7 @@ pub(crate) struct Shared {
     pub(crate) host: v1::HostFacts,
     pub(crate) capabilities: v1::Capabilities,
     pub(crate) state: PathBuf,
-    pub(crate) blobs: Blobs,
+    pub(crate) store: Store,
     pub(crate) last_errors: LastErrors,
     pub(crate) disk_use: Arc<DiskUse>,
     starter: Starter,
@@ -354,6 +358,7 @@ impl Shared {
                 None => Vec::new(),
             };
             shared.supervised.lock().unwrap_or_else(PoisonError::into_inner).remove(&session_id);
+            shared.make_space();
             if !survivors.is_empty() {
                 shared.report_survivors(session_id, &survivors);
             }
@@ -361,6 +366,12 @@ impl Shared {
             survivors
         });
         closing.await.unwrap_or_else(|error| vec![format!("closing failed inside the agent: {error}")])
+    }
+
+    /// A session holds its shipped files no longer. Nobody waits for what follows from that.
+    fn make_space(&self) {
+        let store = self.store.clone();
+        self.tracker.spawn_blocking(move || store.session_ended());
     }
 
     fn report_survivors(&self, session_id: SessionId, survivors: &[String]) {
@@ -479,16 +490,27 @@ impl Shared {
             }
             Notice::Settled => {
                 self.tell(Event::Settled { session_id });
+                self.release_blobs(session_id);
                 self.remove_later(session_id);
             }
             Notice::Died => {
                 self.last_errors
                     .add(&*self.world.clock, &format!("the supervisor of session {session_id} is gone"));
                 self.tell(Event::SupervisorDied { session_id });
+                self.release_blobs(session_id);
                 self.remove_later(session_id);
             }
             Notice::Gone => {}
         }
+    }
+
+    /// Nothing of a session will run any more: what was shipped for it is not held.
+    fn release_blobs(&self, session_id: SessionId) {
+        let (directory, store) = (self.directory(session_id), self.store.clone());
+        self.tracker.spawn_blocking(move || {
+            directory.release_blobs();
+            store.session_ended();
+        });
     }
 
     /// Results of a session that is over are kept for a while, for a controller that was away.
@@ -549,10 +571,9 @@ impl Door {
         let state_error = |source| DoorError::State { path: config.state.clone(), source };
         status::prepare_state(&config.state).map_err(state_error)?;
         let lock = lock_state(&config.state)?;
-        let blobs = Blobs::open(config.state.join("blobs")).map_err(|source| DoorError::Blobs { source })?;
-        if let Err(error) = blobs.remove_unfinished() {
-            warn!(%error, "what was left of interrupted uploads cannot be removed");
-        }
+        let sessions = supervisors::sessions_directory(&config.state);
+        let store = Store::open(config.state.join("blobs"), sessions, config.blobs_bytes_max, world.clone())
+            .map_err(|source| DoorError::Blobs { source })?;
         let incarnation = world.ids.token();
         let hierarchies = Hierarchies::find();
         let cgroup = own_group(&hierarchies, &config.state);
@@ -578,7 +599,7 @@ impl Door {
                 features: protocol::FEATURES.iter().map(|feature| (*feature).to_owned()).collect(),
             },
             state: config.state,
-            blobs,
+            store,
             last_errors: LastErrors::default(),
             disk_use: Arc::default(),
             starter,

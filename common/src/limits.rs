@@ -163,12 +163,12 @@ pub const USER_NAME_BYTES_MAX: usize = 256;
 pub const ENVIRONMENT_VALUE_BYTES_MAX: usize = 128 * KIB;
 /// One blob.
 pub const BLOB_BYTES_MAX: u64 = 8 * GIB;
-/// Blobs of one host together, unless its configuration says otherwise; past it, the least recently used go.
+/// Blobs of one host together; past it, the least recently used go that no open session needs.
 pub const BLOBS_BYTES_MAX: u64 = 32 * GIB;
 /// How long a blob is kept without being used.
 pub const BLOB_AGE_MAX: Duration = Duration::from_secs(30 * 24 * 3600);
-/// How long a blob is kept at least after it was used or asked for: the task that needs it may still wait in a queue.
-pub const BLOB_AGE_MIN: Duration = Duration::from_secs(4 * 3600);
+/// How long an agent goes without looking for blobs that are too old; it looks when a session ends.
+pub const BLOBS_LOOKED_AT_MAX: Duration = Duration::from_secs(3600);
 /// Blobs asked for in one call.
 pub const BLOBS_COUNT_MAX: usize = 10_000;
 

@@ -210,10 +210,11 @@ fn as_table(status: &v1::AgentStatus) -> String {
     line(
         "disk",
         format!(
-            "{}: sessions {}, blobs {}, {} free",
+            "{}: sessions {}, blobs {} of {}, {} free",
             spool.directory,
             bytes(spool.sessions_bytes),
             bytes(spool.blobs_bytes),
+            bytes(spool.blobs_bytes_max),
             bytes(spool.free_bytes)
         ),
     );
@@ -300,6 +301,7 @@ fn as_json(status: &v1::AgentStatus) -> Value {
             "directory": spool.directory,
             "sessions_bytes": spool.sessions_bytes,
             "blobs_bytes": spool.blobs_bytes,
+            "blobs_bytes_max": spool.blobs_bytes_max,
             "free_bytes": spool.free_bytes,
         },
         "sessions": status.sessions.iter().map(session_json).collect::<Vec<_>>(),

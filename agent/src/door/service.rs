@@ -355,8 +355,9 @@ impl AgentService for Service {
     ) -> Result<Response<v1::FindMissingBlobsResponse>, Status> {
         let caller = caller_of(&request)?;
         let request = request.into_inner();
-        let _held = self.session(&caller, request.session, Access::Change)?;
-        let missing = uploads::find_missing(&self.shared.blobs, request.blake3).await;
+        let held = self.session(&caller, request.session, Access::Change)?;
+        let directory = &held.supervised.directory;
+        let missing = uploads::find_missing(&self.shared.store, directory, request.blake3).await;
         let missing_blake3 = missing.map_err(|error| error.status())?;
         Ok(Response::new(v1::FindMissingBlobsResponse { missing_blake3 }))
     }
@@ -369,8 +370,9 @@ impl AgentService for Service {
         let mut messages = request.into_inner();
         let mut first =
             messages.message().await?.ok_or_else(|| field("session", "is missing: no message came"))?;
-        let _held = self.session(&caller, first.session.take(), Access::Change)?;
-        let received = uploads::receive(&self.shared.blobs, first, messages).await;
+        let held = self.session(&caller, first.session.take(), Access::Change)?;
+        let directory = &held.supervised.directory;
+        let received = uploads::receive(&self.shared.store, directory, first, messages).await;
         let existed = received.map_err(|error| error.status())?;
         Ok(Response::new(v1::UploadBlobResponse { existed }))
     }
@@ -384,7 +386,8 @@ impl AgentService for Service {
         let held = self.session(&caller, request.session.take(), Access::Change)?;
         let (start, spec) = start_in(request)?;
         // A look at the directory for each: no task has so many that another thread would be worth it.
-        if let Some(digest) = self.shared.blobs.missing(&blobs_of(&spec)).first() {
+        let missing = self.shared.store.missing(&held.supervised.directory, &blobs_of(&spec));
+        if let Some(digest) = missing.first() {
             let message = format!("blob {digest} is missing: upload it and start the task again");
             return Err(Status::failed_precondition(message));
         }

@@ -71,12 +71,13 @@ impl DiskUse {
         {
             return found.clone();
         }
-        let (state, blobs) = (shared.state.clone(), shared.blobs.clone());
+        let (state, store) = (shared.state.clone(), shared.store.clone());
         let measured = tokio::task::spawn_blocking(move || {
             let mut entries = 0;
             v1::SpoolUse {
                 sessions_bytes: used_bytes(&super::supervisors::sessions_directory(&state), &mut entries),
-                blobs_bytes: blobs.total_bytes(),
+                blobs_bytes: store.used_bytes(),
+                blobs_bytes_max: store.limit_bytes(),
                 free_bytes: host::free_bytes(&state),
                 directory: state.display().to_string(),
             }

@@ -6,6 +6,7 @@ use millstream_common::{
     clock::{Ids as _, SystemIds, World},
     convert,
     pipe::{BoxedPipe, endpoint_channel},
+    spec::BlobDigest,
     tls::{Identity, Role},
 };
 use millstream_proto::v1::{
@@ -22,6 +23,8 @@ use tonic::{Code, transport::Channel};
 use super::{Connection, Door, DoorConfig, DoorError, identity::Caller};
 use crate::entry::tests::this_test_binary;
 
+/// Small enough to be filled.
+const BLOBS_BYTES_MAX: u64 = 300;
 /// No step takes longer on a loaded machine.
 const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -37,6 +40,7 @@ fn config(state: &Path, inside: bool) -> DoorConfig {
         relaunch: this_test_binary(),
         base_environment: vec![("PATH".to_owned(), std::env::var("PATH").unwrap())],
         supervisors_inside: inside,
+        blobs_bytes_max: BLOBS_BYTES_MAX,
     }
 }
 
@@ -148,6 +152,20 @@ impl Controller {
             seen.take(message);
         }
         seen
+    }
+
+    /// Uploads a blob of 200 equal bytes; tells whether it was there already.
+    async fn upload(&mut self, byte: u8) -> Result<bool, tonic::Status> {
+        let content = [byte; 200];
+        let first = v1::UploadBlobRequest {
+            session: Some(self.key.clone()),
+            blake3: BlobDigest::of(&content).to_string(),
+            size_bytes: 200,
+            data: content[..100].to_vec().into(),
+        };
+        let rest = v1::UploadBlobRequest { data: content[100..].to_vec().into(), ..Default::default() };
+        let answer = self.client.upload_blob(tokio_stream::iter([first, rest])).await?;
+        Ok(answer.into_inner().existed)
     }
 
     async fn close(&mut self) -> Vec<String> {
@@ -404,6 +422,56 @@ async fn a_state_directory_without_room_for_sockets_is_refused_at_the_start() {
     std::fs::create_dir(&state).unwrap();
     let refused = Door::open(config(&state, true), World::system()).await.unwrap_err().to_string();
     assert!(refused.contains("leave room for 38: set `state_directory`"), "{refused}");
+}
+
+#[tokio::test]
+async fn shipped_files_make_room_for_others_unless_an_open_session_needs_them() {
+    let state = tempfile::tempdir().unwrap();
+    std::fs::create_dir(state.path().join("blobs")).unwrap();
+    std::fs::write(state.path().join("blobs/.arriving-1-1"), "half").unwrap();
+    let agent = Agent::start(state.path(), true).await;
+    assert_eq!(std::fs::read_dir(state.path().join("blobs")).unwrap().count(), 0, "it will never be whole");
+    let (mut first, mut second) = (agent.controller().await, agent.controller().await);
+    first.open(opening()).await;
+    second.open(opening()).await;
+    assert!(!first.upload(1).await.unwrap());
+    assert!(second.upload(1).await.unwrap(), "it is there, and from now on both need it");
+    assert!(first.close().await.is_empty());
+    let refused = second.upload(2).await.unwrap_err();
+    assert_eq!(refused.code(), Code::ResourceExhausted, "{refused:?}");
+    assert!(refused.message().contains("200 of 300 bytes are taken by files that open sessions need"));
+    // A task that needs it finds it, whatever was tried meanwhile.
+    let file = v1::ShippedFile {
+        path: "file".to_owned(),
+        place: v1::FilePlace::Work.into(),
+        mode: 0o600,
+        source: Some(v1::shipped_file::Source::BlobBlake3(BlobDigest::of(&[1; 200]).to_string())),
+        ..v1::ShippedFile::default()
+    };
+    let task = second.start(v1::TaskSpec { files: vec![file], ..spec(1, "wc -c < file") }).await;
+    let seen = second.ends("", 1).await;
+    assert_eq!(seen.output[&task], b"200\n");
+    let status = second.client.get_status(v1::GetStatusRequest {}).await.unwrap().into_inner().status;
+    let spool = status.unwrap().spool.unwrap();
+    assert_eq!((spool.blobs_bytes, spool.blobs_bytes_max), (200, BLOBS_BYTES_MAX));
+    assert!(second.close().await.is_empty());
+    first.open(opening()).await;
+    assert!(!first.upload(2).await.unwrap(), "nobody needs the other one any more");
+    assert!(
+        !first
+            .client
+            .find_missing_blobs(v1::FindMissingBlobsRequest {
+                session: Some(first.key.clone()),
+                blake3: vec![BlobDigest::of(&[1; 200]).to_string()],
+            })
+            .await
+            .unwrap()
+            .into_inner()
+            .missing_blake3
+            .is_empty()
+    );
+    assert!(first.close().await.is_empty());
+    agent.end().await;
 }
 
 #[tokio::test]

@@ -22,7 +22,8 @@ use tokio::task::JoinError;
 use tokio_stream::{Stream, StreamExt as _};
 use tonic::Status;
 
-use crate::supervisor::blobs::{BlobError, Blobs};
+use super::{store::Store, supervisors::SessionDirectory};
+use crate::supervisor::blobs::BlobError;
 
 /// Why bytes could not be taken in or handed out.
 #[derive(Debug, thiserror::Error)]
@@ -63,7 +64,7 @@ pub enum TransferError {
 
 impl TransferError {
     /// What the caller is told. INVALID_ARGUMENT: correct the request or send the blob again; NOT_FOUND: there is nothing to
-    /// fetch; OUT_OF_RANGE: begin earlier; RESOURCE_EXHAUSTED: the disk is full; UNAVAILABLE: try again; INTERNAL: look into
+    /// fetch; OUT_OF_RANGE: begin earlier; RESOURCE_EXHAUSTED: the disk or the store is full; UNAVAILABLE: try again; INTERNAL: look into
     /// the host's store.
     #[must_use]
     pub fn status(&self) -> Status {
@@ -72,7 +73,9 @@ impl TransferError {
             Self::Request(_) | Self::Blob(BlobError::Length { .. } | BlobError::Digest { .. }) => {
                 Status::invalid_argument(message)
             }
-            Self::Blob(BlobError::TooLarge { .. }) => Status::resource_exhausted(message),
+            Self::Blob(BlobError::TooLarge { .. } | BlobError::NoRoom { .. }) => {
+                Status::resource_exhausted(message)
+            }
             Self::Blob(BlobError::Missing { .. }) => Status::failed_precondition(message),
             Self::Blob(BlobError::Store { source, .. } | BlobError::Place { source, .. })
                 if matches!(source.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded) =>
@@ -112,11 +115,15 @@ async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) 
     })
 }
 
-/// Tells which of these blobs are not there, in the same order.
+/// Tells which of these blobs are not there, in the same order; the session holds the others.
 ///
 /// # Errors
 /// When there are too many, or one is no digest.
-pub async fn find_missing(blobs: &Blobs, digests: Vec<String>) -> Result<Vec<String>, TransferError> {
+pub(crate) async fn find_missing(
+    store: &Store,
+    session: &SessionDirectory,
+    digests: Vec<String>,
+) -> Result<Vec<String>, TransferError> {
     let (count, limit) = (digests.len(), limits::BLOBS_COUNT_MAX);
     if count > limit {
         return Err(ConvertError::new("blake3", Problem::TooMany { count, limit }).into());
@@ -126,22 +133,23 @@ pub async fn find_missing(blobs: &Blobs, digests: Vec<String>) -> Result<Vec<Str
         .enumerate()
         .map(|(index, digest)| convert::blob_digest_in(&format!("blake3[{index}]"), digest))
         .collect::<Result<Vec<BlobDigest>, _>>()?;
-    let blobs = blobs.clone();
-    let missing = blocking(move || blobs.missing(&digests)).await?;
+    let (store, session) = (store.clone(), session.clone());
+    let missing = blocking(move || store.missing(&session, &digests)).await?;
     Ok(missing.iter().map(ToString::to_string).collect())
 }
 
-/// Stores one blob from its first message, whose session has been checked, and all that follow. Returns whether it was
-/// there already; then the bytes are not waited for.
+/// Stores one blob from its first message, whose session has been checked, and all that follow, and holds it for the
+/// session. Returns whether it was there already; then the bytes are not waited for.
 ///
 /// # Errors
-/// When what arrives is not what the first message announces, the peer breaks off, or the disk is full. Nothing of the blob
-/// is kept then.
+/// When what arrives is not what the first message announces, the peer breaks off, or the disk or the store is full. Nothing
+/// of the blob is kept then.
 ///
 /// # Cancel safety
 /// What has arrived is forgotten when this is dropped.
-pub async fn receive<S>(
-    blobs: &Blobs,
+pub(crate) async fn receive<S>(
+    store: &Store,
+    session: &SessionDirectory,
     first: v1::UploadBlobRequest,
     mut more: S,
 ) -> Result<bool, TransferError>
@@ -149,10 +157,8 @@ where
     S: Stream<Item = Result<v1::UploadBlobRequest, Status>> + Unpin,
 {
     let digest = convert::blob_digest_in("blake3", &first.blake3)?;
-    let (size_bytes, store) = (first.size_bytes, blobs.clone());
-    let begun = blocking(move || {
-        if store.missing(&[digest]).is_empty() { Ok(None) } else { store.begin(digest, size_bytes).map(Some) }
-    });
+    let (size_bytes, store, session) = (first.size_bytes, store.clone(), session.clone());
+    let begun = blocking(move || store.begin(&session, digest, size_bytes));
     let Some(mut blob) = begun.await?? else { return Ok(true) };
     let mut piece = first.data;
     loop {
@@ -256,14 +262,19 @@ fn read_at(file: &File, offset: u64, wanted: usize) -> io::Result<Bytes> {
 
 #[cfg(test)]
 mod tests {
+    use millstream_common::clock::World;
     use tonic::Code;
 
     use super::*;
 
-    fn store() -> (tempfile::TempDir, Blobs) {
+    fn store() -> (tempfile::TempDir, Store, SessionDirectory) {
         let dir = tempfile::tempdir().unwrap();
-        let blobs = Blobs::open(dir.path().join("blobs")).unwrap();
-        (dir, blobs)
+        let world = World::system();
+        let session = SessionDirectory::of(dir.path(), world.ids.session_id(), None);
+        session.create().unwrap();
+        let sessions = dir.path().join("sessions");
+        let store = Store::open(dir.path().join("blobs"), sessions, 1 << 20, world).unwrap();
+        (dir, store, session)
     }
 
     fn first(content: &[u8], announced: u64, data: &[u8]) -> v1::UploadBlobRequest {
@@ -281,19 +292,19 @@ mod tests {
 
     #[tokio::test]
     async fn a_blob_arrives_in_pieces_and_is_asked_for_no_more() {
-        let (_dir, blobs) = store();
+        let (_dir, store, session) = store();
         let (have, want) = (BlobDigest::of(b"abcdef").to_string(), BlobDigest::of(b"other").to_string());
         let asked = vec![want.clone(), have.clone()];
-        assert_eq!(find_missing(&blobs, asked.clone()).await.unwrap(), asked);
+        assert_eq!(find_missing(&store, &session, asked.clone()).await.unwrap(), asked);
         let more = tokio_stream::iter([piece(b"cd"), piece(b""), piece(b"ef")]);
-        assert!(!receive(&blobs, first(b"abcdef", 6, b"ab"), more).await.unwrap());
-        assert_eq!(find_missing(&blobs, asked).await.unwrap(), [want]);
-        assert!(receive(&blobs, first(b"abcdef", 6, b""), tokio_stream::pending()).await.unwrap());
+        assert!(!receive(&store, &session, first(b"abcdef", 6, b"ab"), more).await.unwrap());
+        assert_eq!(find_missing(&store, &session, asked).await.unwrap(), [want]);
+        assert!(receive(&store, &session, first(b"abcdef", 6, b""), tokio_stream::pending()).await.unwrap());
     }
 
     #[tokio::test]
     async fn what_is_not_what_was_announced_has_its_status_and_leaves_nothing() {
-        let (dir, blobs) = store();
+        let (dir, store, session) = store();
         let other = v1::UploadBlobRequest { blake3: "00".to_owned(), ..first(b"x", 1, b"x") };
         let again = Ok(first(b"x", 1, b""));
         let cases = [
@@ -307,13 +318,16 @@ mod tests {
             (first(b"x", 9, &vec![0; limits::CHUNKS_MESSAGE_BYTES_MAX + 1]), vec![], Code::InvalidArgument),
         ];
         for (first, more, code) in cases {
-            let error = receive(&blobs, first, tokio_stream::iter(more)).await.unwrap_err();
+            let error = receive(&store, &session, first, tokio_stream::iter(more)).await.unwrap_err();
             assert_eq!(error.status().code(), code, "{error}");
             assert_eq!(std::fs::read_dir(dir.path().join("blobs")).unwrap().count(), 0);
         }
         let many = vec![BlobDigest::of(b"").to_string(); limits::BLOBS_COUNT_MAX + 1];
-        assert_eq!(find_missing(&blobs, many).await.unwrap_err().status().code(), Code::InvalidArgument);
-        let error = find_missing(&blobs, vec!["../x".to_owned()]).await.unwrap_err();
+        assert_eq!(
+            find_missing(&store, &session, many).await.unwrap_err().status().code(),
+            Code::InvalidArgument
+        );
+        let error = find_missing(&store, &session, vec!["../x".to_owned()]).await.unwrap_err();
         assert_eq!(
             error.status().message(),
             "blake3[0]: is not a digest of 64 lower-case hexadecimal digits"

@@ -44,6 +44,21 @@ pub enum BlobError {
         /// Bytes announced.
         size_bytes: u64,
     },
+    /// It does not fit beside the blobs that sessions need.
+    #[error(
+        "blob {digest} of {size_bytes} bytes does not fit: {used_bytes} of {limit_bytes} bytes are taken by files that open \
+         sessions need; end sessions on this host, then send it again"
+    )]
+    NoRoom {
+        /// The blob.
+        digest: BlobDigest,
+        /// Bytes announced.
+        size_bytes: u64,
+        /// Bytes that are taken.
+        used_bytes: u64,
+        /// Bytes that all blobs may have together.
+        limit_bytes: u64,
+    },
     /// What arrived has another length.
     #[error("blob {digest} arrived with {arrived} bytes, but {announced} were announced: send it again")]
     Length {
@@ -142,8 +157,7 @@ impl Blobs {
             .is_ok_and(|stat| is_untouched(&stat))
     }
 
-    /// Which of these blobs are not there, in the same order. Those that are there count as used now, so that they are not
-    /// evicted between this answer and the task that needs them.
+    /// Which of these blobs are not there, in the same order. Those that are there count as used now.
     #[must_use]
     pub fn missing(&self, digests: &[BlobDigest]) -> Vec<BlobDigest> {
         digests.iter().filter(|digest| !self.contains(digest) || !self.touch(digest)).copied().collect()
@@ -252,49 +266,43 @@ impl Blobs {
     }
 
     /// Removes blobs that were not used for [`limits::BLOB_AGE_MAX`], then the least recently used ones until at most
-    /// `limit_bytes` are left; never one that was used within [`limits::BLOB_AGE_MIN`], because a task may be on its way
-    /// that needs it. `now_ns` is the wall clock, which the file system stamps with. What tasks have is not touched.
+    /// `limit_bytes` are left; never one that is held. `now_ns` is the wall clock, which the file system stamps with. What
+    /// tasks have is not touched.
     ///
     /// # Errors
     /// When the directory cannot be read.
-    pub fn evict(&self, limit_bytes: u64, now_ns: u64) -> Result<Evicted, BlobError> {
+    pub fn evict(
+        &self,
+        limit_bytes: u64,
+        now_ns: u64,
+        is_held: impl Fn(&BlobDigest) -> bool,
+    ) -> Result<Evicted, BlobError> {
         let failed = |error: Errno| BlobError::Store { path: self.path.to_path_buf(), source: error.into() };
         let mut blobs = Vec::new();
         for entry in Dir::read_from(&*self.directory).map_err(failed)? {
             let entry = entry.map_err(failed)?;
             let name = entry.file_name();
-            if name.to_str().ok().and_then(BlobDigest::parse).is_none() {
-                continue;
-            }
+            let Some(digest) = name.to_str().ok().and_then(BlobDigest::parse) else { continue };
             if let Ok(stat) = statat(&*self.directory, name, AtFlags::SYMLINK_NOFOLLOW) {
-                blobs.push((used_ns(&stat), size_of(&stat), name.to_owned()));
+                blobs.push((used_ns(&stat), size_of(&stat), digest));
             }
         }
         blobs.sort_unstable();
         let mut evicted = Evicted { kept_bytes: blobs.iter().map(|blob| blob.1).sum(), ..Evicted::default() };
-        for (used_ns, size, name) in blobs {
+        for (used_ns, size, digest) in blobs {
             let age = Duration::from_nanos(now_ns.saturating_sub(used_ns));
             let is_too_old = age > limits::BLOB_AGE_MAX;
-            let is_too_much = evicted.kept_bytes > limit_bytes && age > limits::BLOB_AGE_MIN;
-            if (is_too_old || is_too_much) && unlinkat(&*self.directory, &*name, AtFlags::empty()).is_ok() {
+            let is_too_much = evicted.kept_bytes > limit_bytes;
+            if (is_too_old || is_too_much)
+                && !is_held(&digest)
+                && unlinkat(&*self.directory, digest.to_string(), AtFlags::empty()).is_ok()
+            {
                 evicted.count += 1;
                 evicted.bytes += size;
                 evicted.kept_bytes -= size;
             }
         }
         Ok(evicted)
-    }
-
-    /// Bytes of all blobs: for the status. What cannot be looked at does not count.
-    #[must_use]
-    pub fn total_bytes(&self) -> u64 {
-        let Ok(entries) = Dir::read_from(&*self.directory) else { return 0 };
-        entries
-            .filter_map(Result::ok)
-            .filter_map(|entry| statat(&*self.directory, entry.file_name(), AtFlags::SYMLINK_NOFOLLOW).ok())
-            .filter(|stat| FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile)
-            .map(|stat| size_of(&stat))
-            .sum()
     }
 }
 
@@ -489,16 +497,11 @@ mod tests {
     }
 
     #[test]
-    fn what_is_old_or_too_much_goes_and_what_is_fresh_stays() {
+    fn what_is_old_or_too_much_goes_and_what_is_held_stays() {
         let (dir, blobs) = store();
         let digests: Vec<BlobDigest> = (0..4_u8).map(|number| put(&blobs, &[number; 100])).collect();
         let now_s: i64 = 4_000_000_000;
-        let ages = [
-            limits::BLOB_AGE_MAX.as_secs() + 1,
-            2 * 3600 + limits::BLOB_AGE_MIN.as_secs(),
-            3600 + limits::BLOB_AGE_MIN.as_secs(),
-            10,
-        ];
+        let ages = [limits::BLOB_AGE_MAX.as_secs() + 1, 7_200, 3_600, 10];
         for (digest, age) in digests.iter().zip(ages) {
             let times = Timestamps {
                 last_access: Timespec { tv_sec: now_s - age as i64, tv_nsec: 0 },
@@ -507,11 +510,16 @@ mod tests {
             let path = dir.path().join("blobs").join(digest.to_string());
             utimensat(CWD, path, &times, AtFlags::empty()).unwrap();
         }
-        let evicted = blobs.evict(200, now_s.unsigned_abs() * 1_000_000_000).unwrap();
+        let now_ns = now_s.unsigned_abs() * 1_000_000_000;
+        let held = |digest: &BlobDigest| *digest == digests[1];
+        let evicted = blobs.evict(200, now_ns, held).unwrap();
         assert_eq!(evicted, Evicted { count: 2, bytes: 200, kept_bytes: 200 });
-        assert_eq!(blobs.missing(&digests), digests[..2]);
-        assert_eq!(blobs.evict(0, 0).unwrap().count, 0, "what was used just now stays, however full it is");
-        assert_eq!(blobs.total_bytes(), 200);
+        assert_eq!(blobs.missing(&digests), [digests[0], digests[2]]);
+        assert_eq!(
+            blobs.evict(0, now_ns, held).unwrap().kept_bytes,
+            100,
+            "what is held stays, however full it is"
+        );
     }
 
     #[test]

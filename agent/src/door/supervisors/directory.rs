@@ -86,6 +86,24 @@ impl SessionDirectory {
         &self.path
     }
 
+    /// Where a session says which blobs it holds.
+    pub(crate) const HELD_BLOBS: &str = "blobs";
+
+    /// Its own such directory: an empty file for each blob.
+    pub(crate) fn held_blobs(&self) -> PathBuf {
+        self.path.join(Self::HELD_BLOBS)
+    }
+
+    /// Holds no blobs any more: nothing of the session will run again.
+    pub(crate) fn release_blobs(&self) {
+        match fs::remove_dir_all(self.held_blobs()) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                warn!(directory = %self.path.display(), %error, "shipped files stay held by a session that is over");
+            }
+            _ => {}
+        }
+    }
+
     /// The supervisor's socket.
     pub(crate) fn socket(&self) -> PathBuf {
         self.path.join("supervisor.sock")
