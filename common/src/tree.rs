@@ -308,7 +308,7 @@ mod tests {
     }
 
     #[test]
-    #[ignore = "needs root, which alone can mount"]
+    #[ignore = "needs root: it alone can mount"]
     fn mounts_are_detached_and_what_they_show_stays() {
         let dir = tempfile::tempdir().unwrap();
         let (tree, shown) = (dir.path().join("tree"), dir.path().join("shown"));

@@ -588,12 +588,12 @@ mod tests {
     }
 
     fn group(name: &str) -> Group {
-        let parent =
-            Hierarchies::find().unified.expect("these tests need a writable control group: run them as root");
+        let parent = Hierarchies::find().unified.expect("a writable control group of version 2 is mounted");
         Group::create(parent.join(format!("millstream-test-{}-{name}", std::process::id()))).unwrap()
     }
 
     #[tokio::test]
+    #[ignore = "needs root: control groups are its own"]
     async fn who_daemonised_is_listed_and_ends_with_its_group() {
         let group = group("daemon");
         let join = group.path().join("cgroup.procs");
@@ -624,6 +624,7 @@ mod tests {
     }
 
     #[test]
+    #[ignore = "needs root: control groups are its own"]
     fn groups_that_a_block_has_made_go_too() {
         let group = group("nested");
         fs::create_dir_all(group.path().join("a/b")).unwrap();
@@ -633,6 +634,7 @@ mod tests {
     }
 
     #[test]
+    #[ignore = "needs root: control groups are its own"]
     fn limits_are_set_entered_and_removed() {
         let hierarchies = Hierarchies::find();
         let wanted =

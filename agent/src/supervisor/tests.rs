@@ -390,11 +390,8 @@ async fn the_process_listens_survives_the_terminal_and_ends_when_it_is_closed() 
 }
 
 #[tokio::test]
+#[ignore = "needs root: it alone can become another user"]
 async fn a_block_of_another_user_reaches_its_directories() {
-    if !rustix::process::geteuid().is_root() {
-        // Refused to everybody else; that is tested where processes are made.
-        return;
-    }
     let mut fixture = Fixture::new(containments()[0]).await;
     fs::set_permissions(fixture.directory.path(), fs::Permissions::from_mode(0o755)).unwrap();
     let text = "id -un; echo $HOME $USER; touch file && echo out > $MILLSTREAM_OUTPUT/x && echo w > $MILLSTREAM_WHITEBOARD";

@@ -169,7 +169,7 @@ fn what_cannot_travel_is_left_out_by_name() {
 }
 
 #[test]
-#[ignore = "needs root, which alone can mount"]
+#[ignore = "needs root: it alone can mount"]
 fn mounts_are_not_entered() {
     let task = Task::new();
     let shown = task.dir.path().join("shown");

@@ -262,7 +262,7 @@ fn what_is_left_is_packed_and_then_cleared() {
 }
 
 #[test]
-#[ignore = "needs root, which alone can give files away"]
+#[ignore = "needs root: it alone can give files away"]
 fn another_user_gets_what_it_may_write_to() {
     let host = Host::new();
     let owner = Owner { uid: 65534, gid: 65534 };
