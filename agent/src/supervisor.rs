@@ -11,6 +11,7 @@ pub mod cgroup;
 pub mod process;
 pub mod queue;
 pub mod relay;
+pub(crate) mod reports;
 mod session;
 pub mod shim;
 pub mod spares;

@@ -125,6 +125,9 @@ pub enum Problem {
     /// There is no phase `run`.
     #[error("have no phase `run`")]
     NoRun,
+    /// A command that tells its phases has others beside it.
+    #[error("is only for a task of one phase")]
+    NotAlone,
     /// Not 64 lower-case hexadecimal digits.
     #[error("is not a digest of 64 lower-case hexadecimal digits")]
     Digest,
@@ -455,6 +458,11 @@ fn phases_in(phases: Vec<v1::PhaseSpec>) -> Converted<Vec<PhaseSpec>> {
     if !converted.iter().any(|phase| phase.phase == Phase::Run) {
         return Err(ConvertError::new("phases", Problem::NoRun));
     }
+    if converted.len() > 1
+        && let Some(index) = converted.iter().position(|phase| phase.reports_phases)
+    {
+        return Err(ConvertError::new(format!("phases[{index}].reports_phases"), Problem::NotAlone));
+    }
     Ok(converted)
 }
 
@@ -496,6 +504,7 @@ impl TryFrom<v1::PhaseSpec> for PhaseSpec {
             timeout: duration_in("timeout", phase.timeout.as_ref(), span)?,
             output: descriptors_in(phase.stdout_descriptor, phase.stderr_descriptor)?,
             argv: phase.argv,
+            reports_phases: phase.reports_phases,
         })
     }
 }
@@ -613,6 +622,7 @@ impl From<&PhaseSpec> for v1::PhaseSpec {
             timeout: phase.timeout.map(duration),
             stdout_descriptor: stdout,
             stderr_descriptor: stderr,
+            reports_phases: phase.reports_phases,
         }
     }
 }

@@ -62,6 +62,8 @@ pub struct PhaseSpec {
     pub timeout: Option<Duration>,
     /// Descriptors on which the program finds its output pipes.
     pub output: OutputDescriptors,
+    /// Whether the command has set-up and tear-down of its own and tells its phases on a descriptor.
+    pub reports_phases: bool,
 }
 
 /// Where a program finds its output pipes.

@@ -31,8 +31,9 @@ use super::{
     account::Account,
     blobs::Blobs,
     cgroup::{self, GroupError, Hierarchies, LimitGroups},
-    process::{Launch, moved},
+    process::{Launch, moved, report_descriptor},
     relay::Relay,
+    reports::{REPORTS_VARIABLE, Report, Reports},
     spares::Spares,
     spool::SpoolWriter,
     task::{Action, Event, Refusal, Sealed},
@@ -41,7 +42,7 @@ use super::{
 };
 use crate::entry::Relaunch;
 pub(crate) use outputs::OutputEnds;
-use outputs::{CHANNELS, Outputs, PIPE_BYTES, Read};
+use outputs::{CHANNELS, Outputs, PIPE_BYTES, REPORT_PIPE_BYTES, Read};
 
 /// Orders that wait for an attendant: a machine gives few before it is told what came of them, and people send signals.
 pub(crate) const ORDERS_COUNT_MAX: usize = 64;
@@ -150,6 +151,9 @@ struct Staged {
     tree: Tree,
     groups: LimitGroups,
     outputs: Outputs,
+    reports: Reports,
+    /// Whether the machine knows of the process of the first phase.
+    begun: bool,
     /// The launch of the running phase, to explain why it could not begin.
     launch: Option<Launch>,
     has_socket: bool,
@@ -179,6 +183,11 @@ impl Attendant {
                     tokio::select! {
                         biased;
                         order = orders.recv() => order,
+                        // What is told before the machine knows of the process would be about nothing.
+                        () = staged.outputs.reported(), if staged.begun => {
+                            self.take_reports().await;
+                            continue;
+                        }
                         happened = staged.tree.next() => {
                             self.take_in(happened).await;
                             continue;
@@ -249,11 +258,18 @@ impl Attendant {
                 let user = self.spec.user.as_deref().unwrap_or("the agent's own");
                 info!(task_id = %self.task, block = %self.spec.name, stream = %self.spec.stream, %phase, pid, user,
                     held, "started");
-                self.tell(Event::PhaseStarted { pid, wall_ns }).await;
+                self.tell_started(pid, wall_ns).await;
             }
             // Told later, by the shim.
             Ok(None) => {}
             Err(refusal) => self.tell(Event::PhaseNotStarted(refusal)).await,
+        }
+    }
+
+    async fn tell_started(&mut self, pid: u32, wall_ns: u64) {
+        self.tell(Event::PhaseStarted { pid, wall_ns }).await;
+        if let Some(staged) = &mut self.staged {
+            staged.begun = true;
         }
     }
 
@@ -268,18 +284,26 @@ impl Attendant {
             self.drain_now();
         }
         let wall_ns = self.around.world.clock.wall_ns();
-        if let Some(spool) = &mut *locked(&self.spool) {
+        // One that tells its phases marks them by that.
+        if !phase.reports_phases
+            && let Some(spool) = &mut *locked(&self.spool)
+        {
             // What could not be written is on the spool's own record.
             let _noted: io::Result<u64> = spool.mark(phase.phase, wall_ns);
         }
         let staged = self.staged.as_mut().expect("a phase is ordered only of a task that was prepared");
+        let mut environment = staged.environment.clone();
+        let reports = phase.reports_phases.then(|| report_descriptor(phase.output));
+        environment.retain(|(name, _)| name != REPORTS_VARIABLE);
+        environment.extend(reports.map(|number| (REPORTS_VARIABLE.to_owned(), number.to_string())));
         let launch = Launch {
             argv: phase.argv.clone(),
-            environment: staged.environment.clone(),
+            environment,
             working_directory: staged.workspace.working_directory().to_owned(),
             user: staged.account.clone(),
             moved: moved(phase.output),
             held,
+            reports,
         };
         let started = staged.tree.start(&launch, self.around.null.as_fd(), &staged.groups).await;
         staged.launch = Some(launch);
@@ -320,11 +344,12 @@ impl Attendant {
         match happened {
             Happened::Started { pid } => {
                 let wall_ns = self.around.world.clock.wall_ns();
-                self.tell(Event::PhaseStarted { pid, wall_ns }).await;
+                self.tell_started(pid, wall_ns).await;
             }
             Happened::NotStarted(refusal) => self.tell(Event::PhaseNotStarted(refusal)).await,
             Happened::Exited { exit, failure } => {
-                // Everything that the process itself has printed is in the pipes by now.
+                // Everything that the process itself has told and printed is in the pipes by now.
+                self.take_reports().await;
                 self.drain_now();
                 let staged = self.staged.as_ref().expect("only what was staged can exit");
                 let event = match (failure, &staged.launch) {
@@ -333,6 +358,27 @@ impl Attendant {
                 };
                 self.tell(event).await;
             }
+        }
+    }
+
+    /// Takes in what the command has told of its phases.
+    async fn take_reports(&mut self) {
+        let mut piece = [0; REPORT_PIPE_BYTES];
+        let Some(staged) = &mut self.staged else { return };
+        let bytes = staged.outputs.read_reports(&mut piece);
+        let mut told = Vec::new();
+        staged.reports.take(bytes, &mut told);
+        for report in told {
+            if let Report::Began(phase) = report {
+                // What the phase before has printed belongs before the mark of this one.
+                self.drain_now();
+                let wall_ns = self.around.world.clock.wall_ns();
+                if let Some(spool) = &mut *locked(&self.spool) {
+                    let _noted: io::Result<u64> = spool.mark(phase, wall_ns);
+                }
+                self.around.grown.note(self.task);
+            }
+            self.tell(Event::PhaseReported(report)).await;
         }
     }
 

@@ -42,6 +42,8 @@ pub(crate) struct Launch {
     pub(crate) moved: Option<(RawFd, RawFd)>,
     /// Whether it waits before its program until it is let go.
     pub(crate) held: bool,
+    /// Descriptor on which it tells its phases, if it does.
+    pub(crate) reports: Option<RawFd>,
 }
 
 /// The place of the outputs in a [`Launch`].
@@ -50,6 +52,12 @@ pub(crate) const fn moved(output: OutputDescriptors) -> Option<(RawFd, RawFd)> {
         OutputDescriptors::Standard => None,
         OutputDescriptors::Moved { stdout, stderr } => Some((stdout, stderr)),
     }
+}
+
+/// The descriptor on which a process tells its phases: one that a shell can name and no moved output has.
+pub(crate) fn report_descriptor(output: OutputDescriptors) -> RawFd {
+    let (stdout, stderr) = moved(output).unwrap_or((1, 2));
+    (3..=9).rev().find(|&number| number != stdout && number != stderr).unwrap_or(9)
 }
 
 /// Descriptors of a process to be made.
@@ -61,6 +69,8 @@ pub(crate) struct Channels<'a> {
     pub(crate) stdout: BorrowedFd<'a>,
     /// Write end of its error output.
     pub(crate) stderr: BorrowedFd<'a>,
+    /// Write end of what it tells of its phases.
+    pub(crate) reports: Option<BorrowedFd<'a>>,
 }
 
 /// Where a process is born.
@@ -377,13 +387,16 @@ mod tests {
             user: None,
             moved: None,
             held: false,
+            reports: None,
         }
     }
 
     fn start(launch: &Launch) -> (Process, PipeReader) {
         let null = fs::OpenOptions::new().read(true).write(true).open("/dev/null").unwrap();
         let (reader, writer) = io::pipe().unwrap();
-        let channels = Channels { null: null.as_fd(), stdout: writer.as_fd(), stderr: writer.as_fd() };
+        let ends = (writer.as_fd(), writer.as_fd());
+        let reports = launch.reports.map(|_| writer.as_fd());
+        let channels = Channels { null: null.as_fd(), stdout: ends.0, stderr: ends.1, reports };
         (spawn(launch, channels, Placement::default()).unwrap(), reader)
     }
 
@@ -441,6 +454,15 @@ mod tests {
         let mut launch = launch(&["sh", "-c", "echo lost; echo also lost >&2; echo kept >&7; echo too >&3"]);
         launch.moved = Some((3, 7));
         assert_eq!(run(&launch).stdout, "kept\ntoo\n");
+    }
+
+    #[test]
+    fn phases_are_told_on_a_descriptor_that_no_output_has() {
+        let moved = OutputDescriptors::Moved { stdout: 9, stderr: 8 };
+        assert_eq!((report_descriptor(OutputDescriptors::Standard), report_descriptor(moved)), (9, 7));
+        let mut launch = launch(&["bash", "-c", "echo told >&7; echo lost; ls /proc/$$/fd >&9"]);
+        (launch.moved, launch.reports) = (Some((9, 8)), Some(7));
+        assert_eq!(run(&launch).stdout.replace("255\n", ""), "told\n0\n1\n2\n7\n8\n9\n");
     }
 
     #[test]
@@ -572,7 +594,8 @@ mod tests {
     #[test]
     fn a_nul_is_refused_before_a_process_is_made() {
         let null = fs::File::open("/dev/null").unwrap();
-        let channels = Channels { null: null.as_fd(), stdout: null.as_fd(), stderr: null.as_fd() };
+        let ends = (null.as_fd(), null.as_fd());
+        let channels = Channels { null: null.as_fd(), stdout: ends.0, stderr: ends.1, reports: None };
         let launch = launch(&["true", "a\0b"]);
         let error = spawn(&launch, channels, Placement::default()).unwrap_err();
         assert_eq!(error.refusal(&launch).detail, "failed to start `true`: the argument list holds a NUL");

@@ -30,18 +30,23 @@ use rustix::{
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use super::{
+    attendant::OutputEnds,
     cgroup::{self, LEAKED_NAMED_MAX},
-    process::{Channels, Launch, Placement, Process, StartFailure, spawn},
+    process::{Launch, Placement, Process, StartFailure, spawn},
     task::Refusal,
 };
 use crate::entry::{INHERITED_DESCRIPTOR_MIN, Relaunch, Role};
 
 /// One order or answer: the arguments and environment of a process, with room.
 const MESSAGE_BYTES_MAX: usize = 64 * 1024 * 1024;
-/// Descriptors that a shim finds open: its orders, and the write ends of its tree's outputs.
+/// Descriptors that a shim finds open: its orders, the write ends of its tree's outputs, and, where its tree tells its
+/// phases, the write end for that.
 const ORDERS: RawFd = INHERITED_DESCRIPTOR_MIN;
 const STDOUT: RawFd = INHERITED_DESCRIPTOR_MIN + 1;
 const STDERR: RawFd = INHERITED_DESCRIPTOR_MIN + 2;
+const REPORTS: RawFd = INHERITED_DESCRIPTOR_MIN + 3;
+/// Argument of a shim whose tree tells its phases.
+const WITH_REPORTS: &str = "reports";
 
 /// What the supervisor says.
 #[derive(Debug, Serialize, Deserialize)]
@@ -128,20 +133,21 @@ pub(crate) fn decode<M: DeserializeOwned>(buffer: &mut Vec<u8>) -> io::Result<Op
 /// # Errors
 /// When the descriptors cannot be made.
 #[expect(unsafe_code, reason = "descriptors can be handed over only between fork and exec")]
-pub(crate) fn command(
-    relaunch: &Relaunch,
-    stdout: BorrowedFd<'_>,
-    stderr: BorrowedFd<'_>,
-) -> io::Result<(Command, UnixStream)> {
+pub(crate) fn command(relaunch: &Relaunch, ends: &OutputEnds) -> io::Result<(Command, UnixStream)> {
     let (ours, theirs) = UnixStream::pair()?;
     // Out of the way of every number that is given a meaning between fork and exec.
-    let raise = |descriptor: BorrowedFd<'_>| rustix::io::fcntl_dupfd_cloexec(descriptor, STDERR + 1);
-    let sources = [raise(theirs.as_fd())?, raise(stdout)?, raise(stderr)?];
+    let raise = |descriptor: BorrowedFd<'_>| rustix::io::fcntl_dupfd_cloexec(descriptor, REPORTS + 1);
+    let mut sources = vec![raise(theirs.as_fd())?, raise(ends.stdout.as_fd())?, raise(ends.stderr.as_fd())?];
+    let mut arguments = Vec::new();
+    if let Some(reports) = &ends.reports {
+        sources.push(raise(reports.as_fd())?);
+        arguments.push(OsString::from(WITH_REPORTS));
+    }
     drop(theirs);
-    let mut command = relaunch.command(Role::Shim, &[]);
+    let mut command = relaunch.command(Role::Shim, &arguments);
     command.current_dir("/").stdin(Stdio::null()).stdout(Stdio::null()).process_group(0);
     let hand_over = move || {
-        for (from, to) in sources.iter().zip([ORDERS, STDOUT, STDERR]) {
+        for (from, to) in sources.iter().zip([ORDERS, STDOUT, STDERR, REPORTS]) {
             // SAFETY: only numbers are passed; the command owns the descriptors until it is dropped.
             if unsafe { libc::dup2(from.as_raw_fd(), to) } != to {
                 return Err(io::Error::last_os_error());
@@ -157,8 +163,9 @@ pub(crate) fn command(
 }
 
 /// The role `shim`.
-pub(crate) fn main(_arguments: Vec<OsString>) -> ExitCode {
-    match Shim::new().and_then(|mut shim| shim.run()) {
+pub(crate) fn main(arguments: Vec<OsString>) -> ExitCode {
+    let with_reports = arguments.iter().any(|argument| argument == WITH_REPORTS);
+    match Shim::new(with_reports).and_then(|mut shim| shim.run()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             let _told: io::Result<()> = writeln!(io::stderr(), "millstream: a shim cannot go on: {error}");
@@ -170,7 +177,7 @@ pub(crate) fn main(_arguments: Vec<OsString>) -> ExitCode {
 struct Shim {
     orders: UnixStream,
     /// Gone when the tree is being ended: then nobody of ours holds the pipes any more.
-    outputs: Option<(OwnedFd, OwnedFd)>,
+    outputs: Option<OutputEnds>,
     null: OwnedFd,
     /// Readable when a child has ended.
     children: OwnedFd,
@@ -179,26 +186,33 @@ struct Shim {
 }
 
 impl Shim {
-    #[expect(unsafe_code, reason = "the three descriptors are fixed numbers that this process was given")]
-    fn new() -> io::Result<Self> {
+    #[expect(unsafe_code, reason = "the descriptors are fixed numbers that this process was given")]
+    fn new(with_reports: bool) -> io::Result<Self> {
         rustix::process::set_child_subreaper(Some(rustix::process::getpid()))?;
         // It is told to end by its supervisor's silence alone.
         for signal in [libc::SIGHUP, libc::SIGINT, libc::SIGQUIT, libc::SIGTERM] {
             // SAFETY: no handler is installed, the signals are ignored.
             unsafe { libc::signal(signal, libc::SIG_IGN) };
         }
-        // SAFETY: whoever started this role has opened these three for it alone.
-        let (orders, stdout, stderr) = unsafe {
-            (UnixStream::from_raw_fd(ORDERS), OwnedFd::from_raw_fd(STDOUT), OwnedFd::from_raw_fd(STDERR))
+        // SAFETY: whoever started this role has opened these for it alone, the last where it says so.
+        let (orders, stdout, stderr, reports) = unsafe {
+            let reports = with_reports.then(|| OwnedFd::from_raw_fd(REPORTS));
+            (
+                UnixStream::from_raw_fd(ORDERS),
+                OwnedFd::from_raw_fd(STDOUT),
+                OwnedFd::from_raw_fd(STDERR),
+                reports,
+            )
         };
-        for descriptor in [orders.as_fd(), stdout.as_fd(), stderr.as_fd()] {
+        let given = [Some(orders.as_fd()), Some(stdout.as_fd()), Some(stderr.as_fd())];
+        for descriptor in given.into_iter().chain([reports.as_ref().map(|end| end.as_fd())]).flatten() {
             rustix::io::fcntl_setfd(descriptor, rustix::io::FdFlags::CLOEXEC)?;
         }
         let null = fs::OpenOptions::new().read(true).write(true).open("/dev/null")?.into();
         let children = watch_children()?;
         Ok(Self {
             orders,
-            outputs: Some((stdout, stderr)),
+            outputs: Some(OutputEnds { stdout, stderr, reports }),
             null,
             children,
             process: None,
@@ -284,11 +298,11 @@ impl Shim {
         let refused = |detail| Refusal { reason: Reason::LimitsUnavailable, detail };
         let joins: Result<Vec<_>, _> = joins.iter().map(|path| cgroup::open_join(path)).collect();
         let joins = joins.map_err(|error| refused(format!("the limits cannot be set: {error}")))?;
-        let Some((stdout, stderr)) = &self.outputs else {
+        let Some(ends) = &self.outputs else {
             let detail = "the tree of the task is being ended".to_owned();
             return Err(Refusal { reason: Reason::Internal, detail });
         };
-        let channels = Channels { null: self.null.as_fd(), stdout: stdout.as_fd(), stderr: stderr.as_fd() };
+        let channels = ends.channels(self.null.as_fd());
         let placement = Placement { cgroup: None, joins: &joins };
         let process = spawn(launch, channels, placement).map_err(|error| error.refusal(launch))?;
         let pid = process.pid();
@@ -463,7 +477,9 @@ mod tests {
     impl Fixture {
         fn new() -> Self {
             let (stdout, end) = io::pipe().unwrap();
-            let (mut command, orders) = command(&this_test_binary(), end.as_fd(), end.as_fd()).unwrap();
+            let again = || end.try_clone().unwrap().into();
+            let ends = OutputEnds { stdout: again(), stderr: again(), reports: Some(again()) };
+            let (mut command, orders) = command(&this_test_binary(), &ends).unwrap();
             let child = command.spawn().unwrap();
             Self { child, orders, buffer: Vec::new(), stdout }
         }
@@ -480,6 +496,7 @@ mod tests {
                 user: None,
                 moved: None,
                 held: false,
+                reports: Some(9),
             };
             self.order(&Order::Start { launch: Box::new(launch), joins: Vec::new() });
         }
@@ -554,6 +571,13 @@ mod tests {
         assert_eq!(shim.told(), Told::Exited { exit: Exit::Signal(libc::SIGTERM), failure: None });
         shim.order(&Order::End);
         assert_eq!(shim.told(), Told::Ended { leaked: Vec::new(), leaked_count: 0, survivors: 0 });
+    }
+
+    #[test]
+    fn a_tree_tells_its_phases() {
+        let mut shim = Fixture::new();
+        shim.run(&["sh", "-c", "echo begin setup >&9"]);
+        assert_eq!(shim.line(), "begin setup");
     }
 
     #[test]

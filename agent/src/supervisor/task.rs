@@ -12,6 +12,7 @@
 //! steps: terminate, grace, kill, give up. It owns no process, writes no record and asks no clock: it tells what is to be
 //! done and is told what came of it.
 
+mod reported;
 mod verdict;
 mod words;
 
@@ -23,6 +24,7 @@ use millstream_common::{
     spec::{FailurePolicy, Phase, PhaseSpec, TaskSpec},
 };
 
+use reported::Told;
 use verdict::Verdict;
 pub(crate) use words::{Action, Event, KILL, Refusal, Sealed, SessionEnd, Stage, TERMINATE};
 
@@ -53,8 +55,11 @@ enum State {
 #[derive(Debug)]
 struct Running {
     index: usize,
+    /// The phase of the specification, or the one that its command tells.
+    phase: Phase,
     since: Instant,
     step: Step,
+    told: Told,
 }
 
 /// How far the end of a phase has been forced.
@@ -113,6 +118,8 @@ pub(crate) struct Machine {
     leaked: Vec<LeakedProcess>,
     leaked_count: u32,
     unexpected: bool,
+    /// What a command that passed has to say about it.
+    remark: String,
 }
 
 impl Machine {
@@ -138,6 +145,7 @@ impl Machine {
             leaked: Vec::new(),
             leaked_count: 0,
             unexpected: false,
+            remark: String::new(),
         }
     }
 
@@ -175,6 +183,7 @@ impl Machine {
             Event::PhaseStarted { pid, wall_ns } => self.started(pid, wall_ns, now, actions),
             Event::Went { wall_ns } => self.began(wall_ns, now, actions),
             Event::PhaseNotStarted(refusal) => self.not_started(refusal, now, actions),
+            Event::PhaseReported(report) => self.reported(report, now),
             Event::PhaseExited { exit, out_of_memory } => self.exited(exit, out_of_memory, now, actions),
             Event::TreeEnded { leaked, leaked_count, survivors, wall_ns } => {
                 if let State::EndingTree = self.state {
@@ -224,7 +233,7 @@ impl Machine {
     /// The phase that runs.
     pub(crate) fn phase(&self) -> Option<Phase> {
         match &self.state {
-            State::Running(running) => Some(self.phases[running.index].phase),
+            State::Running(running) => Some(running.phase),
             _ => None,
         }
     }
@@ -333,7 +342,8 @@ impl Machine {
         let phase = &self.phases[index];
         let default = (phase.phase == Phase::Teardown).then_some(limits::TEARDOWN_MAX);
         let limit = phase.timeout.or(default).map(|timeout| now + timeout);
-        self.state = State::Running(Running { index, since: now, step: Step::Free { limit } });
+        let (phase, told) = (phase.phase, Told::Nothing);
+        self.state = State::Running(Running { index, phase, since: now, step: Step::Free { limit }, told });
     }
 
     fn not_started(&mut self, refusal: Refusal, now: Instant, actions: &mut Vec<Action>) {
@@ -359,11 +369,11 @@ impl Machine {
     }
 
     fn exited(&mut self, exit: Exit, out_of_memory: bool, now: Instant, actions: &mut Vec<Action>) {
-        match &self.state {
+        match &mut self.state {
             State::Running(running) => {
-                let (index, since, step) = (running.index, running.since, running.step);
+                let running = running.take();
                 self.pid = None;
-                self.end_phase(index, since, step, Some(exit), out_of_memory, now, actions);
+                self.end_phase(&running, Some(exit), out_of_memory, now, actions);
             }
             State::EndingTree => {
                 // It was killed with the whole tree: only now is it known how it went.
@@ -389,20 +399,21 @@ impl Machine {
         }
     }
 
-    #[expect(clippy::too_many_arguments, reason = "the parts of one running phase, taken out of its state")]
     fn end_phase(
         &mut self,
-        index: usize,
-        since: Instant,
-        step: Step,
+        running: &Running,
         exit: Option<Exit>,
         out_of_memory: bool,
         now: Instant,
         actions: &mut Vec<Action>,
     ) {
-        let phase = self.phases[index].phase;
-        let duration = now.saturating_duration_since(since);
-        let (outcome, reason, detail) = self.judge(index, step, exit, out_of_memory, duration);
+        let (index, phase) = (running.index, running.phase);
+        let duration = now.saturating_duration_since(running.since);
+        let (outcome, reason, detail) = self.judge(running, exit, out_of_memory, duration);
+        if self.phases[index].reports_phases {
+            self.end_reporting(running, (outcome, reason, detail), exit, duration);
+            return self.go_on(index, false, now, actions);
+        }
         self.ends.push(PhaseEnd { phase, outcome, exit, duration });
         let passed = outcome == OutcomeKind::Passed;
         if !passed {
@@ -453,7 +464,7 @@ impl Machine {
             State::Running(running) => {
                 let why = Why::Stop { deadline };
                 // A teardown is how a stop ends: it has a limit of its own.
-                if self.phases[running.index].phase == Phase::Teardown {
+                if running.phase == Phase::Teardown {
                     return;
                 }
                 match running.step {
@@ -506,14 +517,13 @@ impl Machine {
         match &self.state {
             State::Running(running) => {
                 let (index, since) = (running.index, running.since);
-                let spec = &self.phases[index];
-                let unrun = spec.phase != Phase::Teardown
-                    && self.phases.iter().any(|phase| phase.phase == Phase::Teardown);
+                let phase = running.phase;
+                let has_teardown = |spec: &PhaseSpec| spec.phase == Phase::Teardown || spec.reports_phases;
+                let unrun = phase != Phase::Teardown && self.phases.iter().any(has_teardown);
                 let mut detail = format!("{} was killed: {}", self.command(index), why.sentence());
                 if unrun {
                     detail.push_str("; teardown was not run");
                 }
-                let phase = spec.phase;
                 let duration = now.saturating_duration_since(since);
                 self.ends.push(PhaseEnd { phase, outcome: OutcomeKind::Killed, exit: None, duration });
                 self.decide(OutcomeKind::Killed, why.reason(), Some(phase), None, detail);
@@ -539,8 +549,8 @@ impl Machine {
                 actions.push(Action::Signal(KILL));
             }
             Step::Killing { give_up_at, .. } if give_up_at <= now => {
-                let (index, since, step) = (running.index, running.since, running.step);
-                self.end_phase(index, since, step, None, false, now, actions);
+                let running = running.take();
+                self.end_phase(&running, None, false, now, actions);
             }
             _ => {}
         }
@@ -551,7 +561,8 @@ impl Machine {
         let running = matches!(self.state, State::Running(_));
         assert!(!running || self.began.is_some(), "what runs has begun");
         assert!(self.next_deadline().is_none() || running, "only what runs has a deadline");
-        assert!(self.ends.len() <= self.phases.len(), "a phase ends once");
+        let reports = self.phases.iter().any(|phase| phase.reports_phases);
+        assert!(reports || self.ends.len() <= self.phases.len(), "a phase ends once");
         assert!(self.ends.is_sorted_by(|a, b| a.phase < b.phase), "phases keep their order");
         let over = matches!(self.state, State::Recording | State::Finished);
         assert!(!over || self.pid.is_none(), "who has ended has no process");
@@ -590,12 +601,13 @@ mod tests {
 
     const SECOND: Duration = Duration::from_secs(1);
 
-    fn phases(phases: &[(Phase, &str)]) -> TaskSpec {
+    pub(super) fn phases(phases: &[(Phase, &str)]) -> TaskSpec {
         let phase = |&(phase, program): &(Phase, &str)| PhaseSpec {
             phase,
             argv: vec![program.to_owned()],
             timeout: (phase == Phase::Run).then_some(10 * SECOND),
             output: OutputDescriptors::Standard,
+            reports_phases: false,
         };
         TaskSpec {
             stream: StreamName::new("s").unwrap(),
@@ -629,34 +641,34 @@ mod tests {
         TaskSpec { hold: true, ..simple() }
     }
 
-    fn started(pid: u32) -> Event {
+    pub(super) fn started(pid: u32) -> Event {
         Event::PhaseStarted { pid, wall_ns: 100 }
     }
 
-    fn exited(code: i32) -> Event {
+    pub(super) fn exited(code: i32) -> Event {
         Event::PhaseExited { exit: Exit::Code(code), out_of_memory: false }
     }
 
-    fn signaled(signal: i32) -> Event {
+    pub(super) fn signaled(signal: i32) -> Event {
         Event::PhaseExited { exit: Exit::Signal(signal), out_of_memory: false }
     }
 
-    fn tree_ended() -> Event {
+    pub(super) fn tree_ended() -> Event {
         Event::TreeEnded { leaked: Vec::new(), leaked_count: 0, survivors: 0, wall_ns: 200 }
     }
 
-    fn sealed() -> Event {
+    pub(super) fn sealed() -> Event {
         Event::Sealed(Box::default())
     }
 
-    fn stop() -> Event {
+    pub(super) fn stop() -> Event {
         Event::StopOrdered { grace: None, deadline: false }
     }
 
     /// Seconds since the beginning, and what happened then.
-    type Script<'a> = &'a [(u64, Event)];
+    pub(super) type Script<'a> = &'a [(u64, Event)];
 
-    fn check(spec: &TaskSpec, script: Script<'_>, transcript: &Expect) {
+    pub(super) fn check(spec: &TaskSpec, script: Script<'_>, transcript: &Expect) {
         let (mut machine, origin, mut lines) =
             (Machine::new(spec), SystemClock.now().into_std(), String::new());
         for (seconds, event) in script {

@@ -1,6 +1,7 @@
 //! The loop with real processes, in both ways of containing them.
 
 mod fixture;
+mod phases;
 
 use std::{fs, os::unix::fs::PermissionsExt as _, process::Command, time::Duration};
 

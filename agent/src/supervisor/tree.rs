@@ -23,7 +23,7 @@ use tracing::warn;
 use super::{
     attendant::OutputEnds,
     cgroup::{self, Group, GroupError, LEAKED_NAMED_MAX, LimitGroups},
-    process::{Channels, Launch, Placement, Process, StartFailure, spawn, watch},
+    process::{Launch, Placement, Process, StartFailure, spawn, watch},
     shim::{self, Order, Told},
     task::Refusal,
 };
@@ -101,7 +101,7 @@ impl Tree {
     /// # Errors
     /// When the shim cannot be started.
     pub(crate) fn under_shim(relaunch: &Relaunch, ends: OutputEnds) -> io::Result<Self> {
-        let (command, stream) = shim::command(relaunch, ends.stdout.as_fd(), ends.stderr.as_fd())?;
+        let (command, stream) = shim::command(relaunch, &ends)?;
         stream.set_nonblocking(true)?;
         let shim = tokio::process::Command::from(command).spawn()?;
         let stream = UnixStream::from_std(stream)?;
@@ -133,7 +133,7 @@ impl Tree {
             Kind::Group { group, process } => {
                 let ends = self.ends.as_ref().ok_or_else(|| ended_already(launch))?;
                 let joins = groups.joins()?;
-                let channels = Channels { null, stdout: ends.stdout.as_fd(), stderr: ends.stderr.as_fd() };
+                let channels = ends.channels(null);
                 let placement = Placement { cgroup: Some(group.as_fd()), joins: &joins };
                 let made = spawn(launch, channels, placement).map_err(|error| error.refusal(launch))?;
                 let pid = made.pid();

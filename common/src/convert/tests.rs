@@ -60,6 +60,7 @@ fn phase(phase: Phase) -> impl Strategy<Value = PhaseSpec> {
             argv: std::iter::once(program).chain(arguments).collect(),
             timeout: timeout.map(|timeout| timeout + Duration::from_millis(1)),
             output,
+            reports_phases: false,
         })
 }
 
@@ -349,6 +350,10 @@ fn every_bound_is_checked_and_named() {
         (phases(vec![moved(3, 0)]), "phases[0].stderr_descriptor: is 0: must be between 3 and 9"),
         (phases(vec![moved(3, 10)]), "phases[0].stderr_descriptor: is 10"),
         (phases(vec![moved(3, u32::MAX)]), "phases[0].stderr_descriptor: is 4294967295"),
+        (
+            phases(vec![of(v1::Phase::Setup), v1::PhaseSpec { reports_phases: true, ..run(&["a"]) }]),
+            "phases[1].reports_phases: is only for a task of one phase",
+        ),
         (phases(vec![moved(4, 4)]), "phases[0].stderr_descriptor: `4` stands twice"),
         (variables(vec![variable("", "x")]), "environment[0].name: is empty"),
         (variables(vec![variable("A=B", "x")]), "environment[0].name: holds a `=`"),

@@ -356,7 +356,7 @@ impl Block {
         let mut phases = Vec::with_capacity(3);
         let mut push = |phase, argv: Vec<String>, timeout, output| {
             check_argv(phase, &argv)?;
-            phases.push(PhaseSpec { phase, argv, timeout, output });
+            phases.push(PhaseSpec { phase, argv, timeout, output, reports_phases: false });
             Ok::<_, BlockError>(())
         };
         if let Some(setup) = &self.setup {

@@ -2,17 +2,22 @@
 //!
 //! They are read as far as they are filled; their end is never waited for, for anybody may hold them open.
 
-use std::{io, os::fd::OwnedFd};
+use std::{
+    io,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+};
 
 use millstream_common::{clock::World, limits, log::LogChannel};
 use tokio::io::{Interest, unix::AsyncFd};
 use tracing::warn;
 
 use super::{SharedSpool, locked};
-use crate::supervisor::process::watch;
+use crate::supervisor::process::{Channels, watch};
 
 /// Room in an output pipe: what one read takes.
 pub(super) const PIPE_BYTES: usize = limits::CHUNK_BYTES;
+/// Room in the pipe for what is told of phases: a few lines, and what one read takes.
+pub(super) const REPORT_PIPE_BYTES: usize = 4096;
 pub(super) const CHANNELS: [LogChannel; 2] = [LogChannel::Stdout, LogChannel::Stderr];
 
 /// What one read gave.
@@ -25,10 +30,11 @@ pub(super) enum Read {
     End,
 }
 
-/// Read ends of the two output pipes of a task.
+/// Read ends of the output pipes of a task.
 pub(super) struct Outputs {
     stdout: Output,
     stderr: Output,
+    reports: Option<Output>,
 }
 
 struct Output {
@@ -36,18 +42,45 @@ struct Output {
     at_end: bool,
 }
 
-/// Write ends of the two pipes.
+/// Write ends of the pipes.
 #[derive(Debug)]
 pub(crate) struct OutputEnds {
     pub(crate) stdout: OwnedFd,
     pub(crate) stderr: OwnedFd,
+    /// For what a command tells of its phases, where it does.
+    pub(crate) reports: Option<OwnedFd>,
+}
+
+impl OutputEnds {
+    /// With `/dev/null`, all that a new process is given.
+    pub(crate) fn channels<'a>(&'a self, null: BorrowedFd<'a>) -> Channels<'a> {
+        let reports = self.reports.as_ref().map(AsFd::as_fd);
+        Channels { null, stdout: self.stdout.as_fd(), stderr: self.stderr.as_fd(), reports }
+    }
 }
 
 impl Outputs {
-    pub(super) fn new() -> io::Result<(Self, OutputEnds)> {
-        let (stdout, stdout_end) = Output::new()?;
-        let (stderr, stderr_end) = Output::new()?;
-        Ok((Self { stdout, stderr }, OutputEnds { stdout: stdout_end, stderr: stderr_end }))
+    pub(super) fn new(with_reports: bool) -> io::Result<(Self, OutputEnds)> {
+        let (stdout, stdout_end) = Output::new(PIPE_BYTES)?;
+        let (stderr, stderr_end) = Output::new(PIPE_BYTES)?;
+        let reports = if with_reports { Some(Output::new(REPORT_PIPE_BYTES)?) } else { None };
+        let (reports, reports_end) = reports.unzip();
+        let ends = OutputEnds { stdout: stdout_end, stderr: stderr_end, reports: reports_end };
+        Ok((Self { stdout, stderr, reports }, ends))
+    }
+
+    /// Waits until a phase may have been told.
+    pub(super) async fn reported(&self) {
+        match &self.reports {
+            Some(reports) => reports.readable().await,
+            None => std::future::pending().await,
+        }
+    }
+
+    /// What was told of phases, as far as it fits; nothing when there is nothing now.
+    pub(super) fn read_reports<'a>(&mut self, piece: &'a mut [u8; REPORT_PIPE_BYTES]) -> &'a [u8] {
+        let length = self.reports.as_mut().and_then(|reports| reports.read(piece)).unwrap_or(0);
+        &piece[..length]
     }
 
     /// Waits until one of them has something.
@@ -80,10 +113,10 @@ impl Outputs {
 }
 
 impl Output {
-    fn new() -> io::Result<(Self, OwnedFd)> {
+    fn new(size_bytes: usize) -> io::Result<(Self, OwnedFd)> {
         let (ours, theirs) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)?;
         // Fewer wake-ups for much output; where the system refuses, the usual size does.
-        let _size = rustix::pipe::fcntl_setpipe_size(&ours, PIPE_BYTES);
+        let _size = rustix::pipe::fcntl_setpipe_size(&ours, size_bytes);
         rustix::io::ioctl_fionbio(&ours, true)?;
         Ok((Self { pipe: watch(ours, Interest::READABLE)?, at_end: false }, theirs))
     }

@@ -17,6 +17,7 @@ use crate::{
         account::{self, Account},
         blobs::Owner,
         cgroup::LimitGroups,
+        reports::Reports,
         spool::{Quota, SpoolWriter},
         task::Refusal,
         tree::Tree,
@@ -40,7 +41,9 @@ impl Attendant {
         let spool = SpoolWriter::create(self.directory.join("spool"), quota)
             .map_err(|error| exhausted("make the log of the task", &error))?;
         *locked(&self.spool) = Some(spool);
-        let (outputs, ends) = Outputs::new().map_err(|error| exhausted("make the output pipes", &error))?;
+        let with_reports = self.spec.phases.iter().any(|phase| phase.reports_phases);
+        let (outputs, ends) =
+            Outputs::new(with_reports).map_err(|error| exhausted("make the output pipes", &error))?;
         let name = self.task.short();
         let tree = match &self.around.cgroup {
             Some(session) => Tree::in_group(session.join(format!("t-{name}")), ends)
@@ -65,7 +68,18 @@ impl Attendant {
             }
         };
         let environment = self.environment(&workspace, account.as_ref(), &socket);
-        Ok(Staged { workspace, environment, account, tree, groups, outputs, launch: None, has_socket })
+        Ok(Staged {
+            workspace,
+            environment,
+            account,
+            tree,
+            groups,
+            outputs,
+            reports: Reports::default(),
+            begun: false,
+            launch: None,
+            has_socket,
+        })
     }
 
     /// Whom the block runs as, when that is not who we are.

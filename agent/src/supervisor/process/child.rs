@@ -37,6 +37,8 @@ pub(super) struct Image {
     null: RawFd,
     stdout: RawFd,
     stderr: RawFd,
+    /// What it tells its phases through, and the number that it finds that under.
+    reports: Option<(RawFd, RawFd)>,
     joins: Vec<RawFd>,
     report: RawFd,
     gate: Option<RawFd>,
@@ -80,6 +82,7 @@ impl Image {
             null: channels.null.as_raw_fd(),
             stdout: channels.stdout.as_raw_fd(),
             stderr: channels.stderr.as_raw_fd(),
+            reports: channels.reports.map(|end| end.as_raw_fd()).zip(launch.reports),
             joins,
             report: report.as_raw_fd(),
             gate: gate.map(AsRawFd::as_raw_fd),
@@ -257,7 +260,8 @@ unsafe fn place_descriptors(image: &Image) -> bool {
     unsafe {
         let (null, stdout, stderr) = (raise(image.null), raise(image.stdout), raise(image.stderr));
         let place = |from: RawFd, to: RawFd| libc::dup2(from, to) == to;
-        match image.moved {
+        let reports = image.reports.map(|(from, to)| (raise(from), to));
+        let placed = match image.moved {
             None => place(null, 0) && place(stdout, 1) && place(stderr, 2),
             Some((to_stdout, to_stderr)) => {
                 place(null, 0)
@@ -266,7 +270,8 @@ unsafe fn place_descriptors(image: &Image) -> bool {
                     && place(stdout, to_stdout)
                     && place(stderr, to_stderr)
             }
-        }
+        };
+        placed && reports.is_none_or(|(from, to)| place(from, to))
     }
 }
 
@@ -284,7 +289,8 @@ unsafe fn raise(descriptor: RawFd) -> RawFd {
 #[expect(unsafe_code, reason = "see `run_child`")]
 unsafe fn close_all_but(image: &Image, report: RawFd, gate: RawFd) {
     let (moved_a, moved_b) = image.moved.unwrap_or((-1, -1));
-    let mut kept = [2, moved_a, moved_b, report, gate];
+    let told = image.reports.map_or(-1, |(_, to)| to);
+    let mut kept = [2, moved_a, moved_b, told, report, gate];
     kept.sort_unstable();
     let mut from = 0;
     for number in kept.into_iter().filter(|&number| number >= 2) {

@@ -34,16 +34,13 @@ impl Machine {
             State::Preparing { .. } => "its files are being put in place".to_owned(),
             State::Starting { index, .. } => format!("phase {} is being started", self.phases[*index].phase),
             State::Held => "is ready and waits for the order to go".to_owned(),
-            State::Running(Running { index, step, .. }) => {
-                let phase = self.phases[*index].phase;
-                match step {
-                    Step::Free { .. } => format!("runs phase {phase}"),
-                    Step::Terminating { why, .. } => {
-                        format!("phase {phase} was asked to end: {}", describe(*why))
-                    }
-                    Step::Killing { why, .. } => format!("phase {phase} was killed: {}", describe(*why)),
+            State::Running(Running { phase, step, .. }) => match step {
+                Step::Free { .. } => format!("runs phase {phase}"),
+                Step::Terminating { why, .. } => {
+                    format!("phase {phase} was asked to end: {}", describe(*why))
                 }
-            }
+                Step::Killing { why, .. } => format!("phase {phase} was killed: {}", describe(*why)),
+            },
             State::EndingTree => {
                 "its last phase has ended and what it left running is being ended".to_owned()
             }
@@ -55,12 +52,12 @@ impl Machine {
 
     pub(super) fn judge(
         &self,
-        index: usize,
-        step: Step,
+        running: &Running,
         exit: Option<Exit>,
         out_of_memory: bool,
         duration: Duration,
     ) -> (OutcomeKind, Reason, String) {
+        let (index, step) = (running.index, running.step);
         let command = self.command(index);
         match (step, exit) {
             (Step::Terminating { why, .. } | Step::Killing { why, .. }, exit) => {
@@ -72,7 +69,12 @@ impl Machine {
                 };
                 let detail = match why {
                     Why::Timeout => {
-                        let limit = self.phases[index].timeout.unwrap_or(limits::TEARDOWN_MAX);
+                        let limit = match &self.phases[index] {
+                            spec if spec.phase == running.phase => spec.timeout,
+                            spec if running.phase == Phase::Setup => spec.timeout,
+                            _ => None,
+                        };
+                        let limit = limit.unwrap_or(limits::TEARDOWN_MAX);
                         format!("{command} still ran after its limit of {} and was {how}", spoken(limit))
                     }
                     Why::Stop { .. } => {
@@ -106,7 +108,7 @@ impl Machine {
             reason: Reason::Exited,
             phase: last.map(|end| end.phase),
             exit: last.and_then(|end| end.exit),
-            detail: String::new(),
+            detail: std::mem::take(&mut self.remark),
         });
         if verdict.exit.is_none()
             && let Some(end) = last.filter(|end| Some(end.phase) == verdict.phase)

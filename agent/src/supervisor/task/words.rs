@@ -6,6 +6,8 @@ use std::time::Duration;
 
 use millstream_common::outcome::{ArchiveInfo, Exit, LeakedProcess, LogTotals, Reason, TaskEnd};
 
+use crate::supervisor::reports::Report;
+
 /// The signal that asks.
 pub(crate) const TERMINATE: i32 = 15;
 /// The signal that does not ask.
@@ -90,6 +92,8 @@ pub(crate) enum Event {
     },
     /// The program of the ordered or running phase could not be started.
     PhaseNotStarted(Refusal),
+    /// The process of the running phase has told something of phases of its own.
+    PhaseReported(Report),
     /// The process of the running phase is gone.
     PhaseExited {
         /// How.

@@ -226,6 +226,7 @@ pub(super) fn spec(stream: &str, phases: &[(Phase, &str)]) -> TaskSpec {
         argv: vec!["bash".to_owned(), "-c".to_owned(), script.to_owned()],
         timeout: None,
         output: OutputDescriptors::Standard,
+        reports_phases: false,
     };
     TaskSpec {
         stream: StreamName::new(stream).unwrap(),
