@@ -4,7 +4,8 @@
 //! that tells its device about free blocks, removing one takes about a millisecond. So the directory of a task that left
 //! its `work/` and `output/` as they were made is given to another one by renaming it. As they were made means: nothing
 //! was ever put in, even for a moment, and no attribute was changed; whatever cannot be shown to be so is removed.
-//! Spares belong to one session and go with it.
+//! Almost every task has parameters in its `private/`: that one is emptied, and kept when it holds nothing but files and
+//! has no attribute that it was not made with. Spares belong to one session and go with it.
 
 use std::{
     io,
@@ -19,8 +20,8 @@ use millstream_common::{
 };
 use rustix::{
     fs::{
-        AtFlags, CWD, Dir, FileType, Mode, OFlags, RenameFlags, Statx, StatxFlags, openat, renameat_with,
-        statx, unlinkat,
+        AtFlags, CWD, Dir, FileType, Mode, OFlags, RenameFlags, Statx, StatxAttributes, StatxFlags,
+        flistxattr, openat, renameat_with, statx, unlinkat,
     },
     io::Errno,
 };
@@ -98,6 +99,7 @@ impl Spares {
     }
 }
 
+const PRIVATE: &std::ffi::CStr = c"private";
 const DIRECTORY: OFlags =
     OFlags::RDONLY.union(OFlags::DIRECTORY).union(OFlags::NOFOLLOW).union(OFlags::CLOEXEC);
 
@@ -117,7 +119,40 @@ fn emptied(task_dir: &Path) -> bool {
             return false;
         }
     }
-    files_removed(&task).unwrap_or(false)
+    private_emptied(&task, mount) && files_removed(&task).unwrap_or(false)
+}
+
+/// Empties `private/`, if there is one. False when anything about it is not as it was made, or when it holds more than
+/// files.
+fn private_emptied(task: &OwnedFd, mount: u64) -> bool {
+    let found = match look(task.as_fd(), PRIVATE) {
+        Ok(found) => found,
+        Err(error) => return error == Errno::NOENT,
+    };
+    let is_ours = FileType::from_raw_mode(found.stx_mode.into()) == FileType::Directory
+        && Mode::from_raw_mode(found.stx_mode.into()) == Mode::RWXU
+        && found.stx_uid == rustix::process::geteuid().as_raw()
+        && found.stx_mnt_id == mount
+        && !found.stx_attributes.intersects(StatxAttributes::IMMUTABLE | StatxAttributes::APPEND);
+    if !is_ours {
+        return false;
+    }
+    let Ok(private) = openat(task, PRIVATE, DIRECTORY, Mode::empty()) else { return false };
+    // A list of access rights that files in it would inherit is one of these.
+    let has_attributes = flistxattr(&private, &mut [] as &mut [u8]) != Ok(0);
+    !has_attributes && all_files_removed(&private).unwrap_or(false)
+}
+
+fn all_files_removed(directory: &OwnedFd) -> io::Result<bool> {
+    for entry in Dir::read_from(directory)? {
+        let entry = entry?;
+        if !matches!(entry.file_name().to_bytes(), b"." | b"..")
+            && unlinkat(directory, entry.file_name(), AtFlags::empty()).is_err()
+        {
+            return Ok(false);
+        }
+    }
+    Ok(true)
 }
 
 fn look(at: BorrowedFd<'_>, name: &std::ffi::CStr) -> rustix::io::Result<Statx> {
@@ -146,12 +181,12 @@ fn is_empty(directory: OwnedFd) -> rustix::io::Result<bool> {
     Ok(true)
 }
 
-/// Removes every file beside the two directories; false when there is another directory.
+/// Removes every file beside the directories; false when there is another directory.
 fn files_removed(task: &OwnedFd) -> io::Result<bool> {
     for entry in Dir::read_from(task)? {
         let entry = entry?;
         match entry.file_name().to_bytes() {
-            b"." | b".." | b"work" | b"output" => {}
+            b"." | b".." | b"work" | b"output" | b"private" => {}
             _ => match unlinkat(task, entry.file_name(), AtFlags::empty()) {
                 Ok(()) | Err(Errno::NOENT) => {}
                 Err(_) => return Ok(false),
@@ -233,6 +268,36 @@ mod tests {
             session.spares.retire(&task).unwrap();
             assert_eq!(session.names(), [""; 0], "{name}");
             assert!(!session.spares.claim(&task));
+        }
+    }
+
+    #[test]
+    fn what_was_shipped_in_private_is_removed_and_its_directory_kept() {
+        use std::os::unix::fs::PermissionsExt as _;
+        type Touch = fn(&Path);
+        let touches: [(&str, bool, Touch); 4] = [
+            ("files", true, |private| fs::write(private.join("params.json"), "{}").unwrap()),
+            ("another mode", false, |private| {
+                fs::set_permissions(private, fs::Permissions::from_mode(0o755)).unwrap();
+            }),
+            ("a directory", false, |private| fs::create_dir(private.join("more")).unwrap()),
+            ("a link for it", false, |private| {
+                fs::remove_dir(private).unwrap();
+                std::os::unix::fs::symlink("work", private).unwrap();
+            }),
+        ];
+        for (name, is_kept, touch) in touches {
+            let session = Session::new();
+            let task = session.made("one");
+            let private = task.join("private");
+            fs::create_dir(&private).unwrap();
+            fs::set_permissions(&private, fs::Permissions::from_mode(0o700)).unwrap();
+            touch(&private);
+            session.spares.retire(&task).unwrap();
+            let two = session.dir.path().join("two");
+            assert_eq!(session.spares.claim(&two), is_kept, "{name}");
+            assert!(!is_kept || fs::read_dir(two.join("private")).unwrap().next().is_none(), "{name}");
+            assert!(!task.exists());
         }
     }
 

@@ -208,7 +208,12 @@ impl Workspace {
             make_directory(&self.output, 0o755, owner)?;
         }
         if self.has_private {
-            make_directory(&self.private, 0o700, owner)?;
+            match make_directory(&self.private, 0o700, owner) {
+                // A spare may have an empty one.
+                Err(WorkspaceError::Directory { source, .. })
+                    if has_spare && source.kind() == io::ErrorKind::AlreadyExists => {}
+                made => made?,
+            }
         }
         match owner {
             Some(owner) => self.open_to(owner),
