@@ -56,6 +56,8 @@ pub const BARRIER_ROLL_PARTIES_MAX: usize = 64;
 pub const MISSING_LISTED_COUNT_MAX: usize = 64;
 /// Parties of one barrier that are listed on the board: 100,000 would not fit in one answer.
 pub const ARRIVALS_LISTED_COUNT_MAX: usize = 1_024;
+/// Names of these parties together: with its times one barrier fits in one answer.
+pub const ARRIVALS_LISTED_BYTES_MAX: usize = 512 * KIB;
 
 /// One gRPC message of a control call.
 pub const CONTROL_MESSAGE_BYTES_MAX: usize = 2 * MIB;

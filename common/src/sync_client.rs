@@ -356,8 +356,17 @@ impl SyncClient {
     /// # Errors
     /// When nobody answers.
     pub async fn barriers(&self) -> Result<Vec<v1::BarrierStatus>, SyncError> {
-        let request = v1::ListBarriersRequest {};
-        Ok(self.again(|mut client| async move { client.list_barriers(request).await }).await?.barriers)
+        let mut barriers = Vec::new();
+        let mut request = v1::ListBarriersRequest { from_index: 0 };
+        loop {
+            let answer = self.again(|mut client| async move { client.list_barriers(request).await }).await?;
+            barriers.extend(answer.barriers);
+            // An index that does not grow would be asked for without end.
+            if answer.next_index <= request.from_index {
+                return Ok(barriers);
+            }
+            request.from_index = answer.next_index;
+        }
     }
 
     /// Every topic of the test.
@@ -365,8 +374,16 @@ impl SyncClient {
     /// # Errors
     /// When nobody answers.
     pub async fn topics(&self) -> Result<Vec<v1::TopicStatus>, SyncError> {
-        let request = v1::ListTopicsRequest {};
-        Ok(self.again(|mut client| async move { client.list_topics(request).await }).await?.topics)
+        let mut topics = Vec::new();
+        let mut request = v1::ListTopicsRequest { from_index: 0 };
+        loop {
+            let answer = self.again(|mut client| async move { client.list_topics(request).await }).await?;
+            topics.extend(answer.topics);
+            if answer.next_index <= request.from_index {
+                return Ok(topics);
+            }
+            request.from_index = answer.next_index;
+        }
     }
 
     /// Makes a call again until something answers. Every call here may be repeated: by its token, or because it changes

@@ -253,3 +253,56 @@ fn results_say_everything() {
     assert!(read(Path::new("test.json")).contains("\"success\": true"), "{}", read(Path::new("test.json")));
     assert!(read(Path::new("streams/a/stream.json")).contains("\"kernel\": \"Linux"));
 }
+
+#[tokio::test]
+async fn waits_for_values_are_in_the_results() {
+    let lab = lab();
+    let waits = shell("millstream-sync wait port && millstream-sync subscribe port").name("waits");
+    let reader = lab.streams.get("reader").unwrap().run_bg(waits.allow_failure());
+    let server = shell("millstream-sync publish port 5201; millstream-sync wait ready; true").name("server");
+    lab.streams.get("server").unwrap().run_bg(server);
+    assert_eq!(lab.streams.wait_topic("port", 1).await.unwrap()[0].publisher.as_ref(), "server/1-server");
+    reader.ready(Ready::log("5201\n?")).await.unwrap();
+    let mut listening = lab.streams.subscribe("port").unwrap();
+    assert_eq!(listening.next().await.unwrap().len(), 1);
+    lab.streams.publish("ready", "yes").unwrap();
+    lab.streams.wait().await.unwrap();
+    // Nobody is left: whoever only listens is told so instead of waiting for ever.
+    assert!(reader.outcome().await.stderr().contains("gets no more"), "{}", reader.outcome().await.stderr());
+
+    let directory = lab.streams.results_dir().to_owned();
+    lab.streams.close().await.unwrap();
+    let text = std::fs::read_to_string(directory.join("test.json")).unwrap();
+    let test: serde_json::Value = serde_json::from_str(&text).unwrap();
+    let mut told: Vec<String> = test["waits"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|wait| {
+            assert!(
+                wait["begin_time"].is_string() && wait["wait_seconds"].as_f64().unwrap() >= 0.0,
+                "{wait}"
+            );
+            let is_task = wait["task_id"].is_string();
+            let failed = wait["failed"].as_str().map_or("met", |why| why.split(':').next().unwrap());
+            format!(
+                "{} {} {} {is_task} {}: {failed}",
+                wait["party"].as_str().unwrap(),
+                wait["topic"].as_str().unwrap(),
+                wait["count"],
+                wait["subscribed"]
+            )
+        })
+        .collect();
+    told.sort();
+    assert_eq!(
+        told,
+        [
+            "main port 1 false null: met",
+            "reader/1-waits port 1 true null: met",
+            "reader/1-waits port 2 true true: topic `port` has 1 value and gets no more",
+            "server/1-server ready 1 true null: met",
+        ],
+        "{text}"
+    );
+}

@@ -17,11 +17,11 @@ use crate::{
     results::{
         report::{
             BarrierReport, ClockReport, HostReport, Moment, PartyReport, Seconds, StreamReport, TaskSubject,
-            TestReport,
+            TestReport, WaitReport,
         },
         timeline::HostClock,
     },
-    sync::host::{SyncHost, TaskFate},
+    sync::host::{BarrierRecord, TaskFate, TopicWaitRecord},
     task::Stage,
 };
 
@@ -190,6 +190,7 @@ impl Driver {
                 self.setup.shared.refuse(&schedule.task);
             }
         }
+        let sync = self.setup.sync.records();
         let streams = self.streams.values().map(|state| self.stream_report(state)).collect();
         for &stream in self.streams.keys() {
             self.write_stream(stream);
@@ -207,8 +208,9 @@ impl Driver {
             end_time: Moment(self.setup.world.clock.wall_ns()),
             streams,
             tasks: self.reports.into_values().collect(),
-            barriers: barriers(&self.setup.sync),
-            waits: Vec::new(),
+            barriers: barriers(sync.barriers),
+            waits: waits(sync.waits),
+            waits_omitted_count: sync.waits_omitted_count,
             left_behind: self.left_behind.clone(),
         };
         self.setup.scribe.stop();
@@ -270,9 +272,9 @@ fn outcome(
     }
 }
 
-fn barriers(sync: &SyncHost) -> Vec<BarrierReport> {
-    let records = sync.records().barriers.into_iter();
+fn barriers(records: Vec<BarrierRecord>) -> Vec<BarrierReport> {
     records
+        .into_iter()
         .map(|record| BarrierReport {
             name: record.name.to_string(),
             generation: record.generation,
@@ -292,6 +294,23 @@ fn barriers(sync: &SyncHost) -> Vec<BarrierReport> {
                     by_hand: wait.by_hand,
                 })
                 .collect(),
+        })
+        .collect()
+}
+
+fn waits(records: Vec<TopicWaitRecord>) -> Vec<WaitReport> {
+    records
+        .into_iter()
+        .map(|record| WaitReport {
+            topic: record.topic.to_string(),
+            party: record.party,
+            task_id: record.task,
+            count: record.count,
+            begin_time: Moment(record.began_time_ns),
+            wait_seconds: Seconds(Duration::from_nanos(record.waited_ns)),
+            failed: record.failed,
+            subscribed: record.subscribed,
+            by_hand: record.by_hand,
         })
         .collect()
 }

@@ -58,6 +58,9 @@ pub(crate) struct TestReport {
     pub(crate) barriers: Vec<BarrierReport>,
     /// Waits for values of topics, in the order in which they ended.
     pub(crate) waits: Vec<WaitReport>,
+    /// Such waits that are not listed, because too many are.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub(crate) waits_omitted_count: usize,
     /// What could not be tidied, in words.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub(crate) left_behind: Vec<String>,
@@ -330,12 +333,25 @@ pub(crate) struct WaitReport {
     pub(crate) topic: String,
     /// Who waited.
     pub(crate) party: String,
-    /// How many values it waited for.
-    pub(crate) count: u32,
+    /// Its task, when it is one.
+    pub(crate) task_id: Option<TaskId>,
+    /// How many values the topic had to have.
+    pub(crate) count: u64,
     /// When it began.
     pub(crate) begin_time: Moment,
     /// How long it waited.
     pub(crate) wait_seconds: Seconds,
     /// Why it ended without them; none when it got them.
     pub(crate) failed: Option<String>,
+    /// Whether it was a subscription that waited for its next value.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub(crate) subscribed: bool,
+    /// Whether a person did it.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub(crate) by_hand: bool,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde asks with a reference")]
+fn is_zero(count: &usize) -> bool {
+    *count == 0
 }

@@ -12,7 +12,7 @@ use std::{
 
 use indexmap::IndexMap;
 use millstream_common::{
-    id::{BarrierName, StreamName, TaskId, TopicName},
+    id::{BarrierName, StreamName, TaskId},
     limits,
 };
 
@@ -26,9 +26,12 @@ use super::{
 
 mod evidence;
 mod keeping;
+mod values;
 mod words;
 
-pub use words::{Action, Answer, Event, MeetingRecord, Request, SpeakerLabel, TaskFate, WaitRecord};
+pub use words::{
+    Action, Answer, Event, MeetingRecord, Request, SpeakerLabel, TaskFate, TopicWaitRecord, WaitRecord,
+};
 
 #[derive(Debug)]
 struct Task {
@@ -85,6 +88,8 @@ pub struct Board {
     latched_bytes: usize,
     records: Vec<MeetingRecord>,
     recorded_waits: usize,
+    topic_waits: Vec<TopicWaitRecord>,
+    topic_waits_omitted: usize,
 }
 
 impl Board {
@@ -140,6 +145,12 @@ impl Board {
     #[must_use]
     pub fn records(&self) -> &[MeetingRecord] {
         &self.records
+    }
+
+    /// Every wait for values of a topic that is over, in order, and how many more are not on record.
+    #[must_use]
+    pub fn topic_waits(&self) -> (&[TopicWaitRecord], usize) {
+        (&self.topic_waits, self.topic_waits_omitted)
     }
 
     /// What a speaker is called.
@@ -203,7 +214,8 @@ impl Board {
                 }
                 Wait::Topic(_) => {
                     self.prospects.wait_ended(place.wait);
-                    self.feed_topics(topic::Event::TakenBack { call }, now, actions);
+                    let reason = format!("its task is over: it {}", ended.fate.sentence);
+                    self.feed_topics(topic::Event::TakenBack { call, reason }, now, actions);
                 }
             }
         }
@@ -278,16 +290,8 @@ impl Board {
                 let event = topic::Event::Published { call, speaker, label, topic, content, token };
                 self.feed_topics(event, now, actions);
             }
-            Request::Await { topic, count, timeout } => {
-                self.feed_topics(topic::Event::Awaited { call, topic, count, timeout }, now, actions);
-                if self.topics.awaited(call).is_some() {
-                    let wait = Wait::Topic(call.0);
-                    self.remember(call, Place { speaker, wait });
-                    self.prospects.wait_needs(wait, None, 1, false);
-                    if let Speaker::Task(task) = speaker {
-                        self.prospects.task_waits(task, wait);
-                    }
-                }
+            Request::Await { topic, wanted, timeout } => {
+                self.await_values(call, speaker, topic, wanted, timeout, now, actions);
             }
         }
     }
@@ -320,7 +324,8 @@ impl Board {
             Wait::Topic(_) => {
                 self.forget(call);
                 self.prospects.wait_ended(wait);
-                self.feed_topics(topic::Event::TakenBack { call }, now, actions);
+                let reason = if link_down { "its connection broke" } else { "it was given up" };
+                self.feed_topics(topic::Event::TakenBack { call, reason: reason.into() }, now, actions);
             }
             Wait::Barrier(index) => {
                 let barrier = &self.barriers[index].barrier;
@@ -462,44 +467,6 @@ impl Board {
             }
             slot.timer = timer;
         }
-    }
-
-    fn feed_topics(&mut self, event: topic::Event, now: Instant, actions: &mut Vec<Action>) {
-        let mut orders = Vec::new();
-        self.topics.handle(event, now, &mut orders);
-        for order in orders {
-            let (call, answer) = match order {
-                topic::Action::Wait { .. } => continue,
-                topic::Action::Grew { topic } => {
-                    actions.push(Action::Grew { topic });
-                    continue;
-                }
-                topic::Action::Indexed { call, index } => (call, Answer::Indexed(index)),
-                topic::Action::Met { call, topic, count } => (call, self.values(&topic, count)),
-                topic::Action::TimedOut { call, sentence } => (call, Answer::TimedOut(sentence)),
-                topic::Action::GiveUp { call, sentence } => (call, Answer::GivenUp(sentence)),
-                topic::Action::Refuse { call, refusal } => (call, Answer::Refused(refusal)),
-            };
-            if let Some(place) = self.forget(call) {
-                self.prospects.wait_ended(place.wait);
-            }
-            actions.push(Action::Answer { call, answer });
-        }
-    }
-
-    fn values(&self, topic: &TopicName, count: u64) -> Answer {
-        let mut values = self.topics.values(topic, 0, limits::SYNC_ANSWER_BYTES_MAX);
-        let wanted = usize::try_from(count).unwrap_or(usize::MAX);
-        if values.len() < wanted {
-            return Answer::Refused(Refusal::Full {
-                what: format!(
-                    "the first {count} values of topic `{topic}` do not fit in one answer: subscribe to it"
-                ),
-                limit: format!("{} bytes", limits::SYNC_ANSWER_BYTES_MAX),
-            });
-        }
-        values.truncate(wanted);
-        Answer::Values(values)
     }
 
     fn display(&self, speaker: Speaker, display_name: Option<String>) -> Arc<str> {

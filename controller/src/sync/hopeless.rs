@@ -5,6 +5,10 @@
 //! reached that way from what can act now will never end. The count answers most questions without any search: while
 //! even the neediest wait needs no more than can act, nothing is hopeless.
 //!
+//! A task that *listens* (a subscription that has seen everything) may only be waiting, or do something else meanwhile:
+//! nobody can tell. So it is still counted as one that can act, for every wait but its own: what it listens to ends when
+//! nobody outside its own stream is left who could publish.
+//!
 //! Knows no names of tasks for people, no clock and no decision: it says which waits, and which tasks stand in the way.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
@@ -137,8 +141,10 @@ struct Wanted {
     need: usize,
     /// A break point keeps it open: whatever it holds may go on when a person says so.
     held: bool,
-    /// Tasks that it holds.
+    /// Tasks that it holds, or the one that listens.
     members: Vec<TaskId>,
+    /// It holds nobody.
+    listens: bool,
 }
 
 /// The unfinished tasks of a scope and the waits that hold them.
@@ -152,6 +158,8 @@ pub struct Prospects {
     total: Counts,
     waits: BTreeMap<Wait, Wanted>,
     by_need: BTreeSet<(usize, Wait)>,
+    /// Those that hold nobody. Each needs one task that can act.
+    listening: BTreeSet<Wait>,
 }
 
 impl Prospects {
@@ -227,6 +235,7 @@ impl Prospects {
             need: 0,
             held: false,
             members: Vec::new(),
+            listens: false,
         });
         self.by_need.remove(&(wanted.need, wait));
         wanted.need = need;
@@ -250,6 +259,16 @@ impl Prospects {
         place.waits.push(wait);
     }
 
+    /// Somebody listens for a value, and may do something else meanwhile; none: it is not a task.
+    pub fn listener_came(&mut self, wait: Wait, task: Option<TaskId>) {
+        if let Some(task) = task {
+            self.task_spoke(task);
+        }
+        let members = task.into_iter().collect();
+        self.waits.insert(wait, Wanted { barrier: None, need: 1, held: false, members, listens: true });
+        self.listening.insert(wait);
+    }
+
     /// A task does not wait there any more, while the wait goes on.
     pub fn task_left(&mut self, task: TaskId, wait: Wait) {
         if let Some(wanted) = self.waits.get_mut(&wait)
@@ -263,6 +282,10 @@ impl Prospects {
     /// A wait is over: whoever it held can act.
     pub fn wait_ended(&mut self, wait: Wait) {
         let Some(wanted) = self.waits.remove(&wait) else { return };
+        if wanted.listens {
+            self.listening.remove(&wait);
+            return;
+        }
         self.by_need.remove(&(wanted.need, wait));
         for task in wanted.members {
             self.unhold(task, wait);
@@ -306,7 +329,7 @@ impl Prospects {
     #[must_use]
     pub fn search(&self, main_can_help: impl Fn(Option<&BarrierName>) -> bool) -> Finding {
         let neediest = self.by_need.last().map_or(0, |&(need, _)| need);
-        if neediest <= self.free.any {
+        if neediest <= self.free.any && self.listeners_are_served() {
             return Finding::default();
         }
         let stuck = self.stuck(&main_can_help);
@@ -322,17 +345,37 @@ impl Prospects {
         Finding { absent, circle }
     }
 
+    /// Whether it is plain that somebody is left for every listener: of two lines that can act, one is another's.
+    fn listeners_are_served(&self) -> bool {
+        let can_act = |line: &&Line| line.waits.is_empty() && line.counts.all > 0;
+        self.listening.is_empty() || self.lines.iter().filter(can_act).take(2).count() == 2
+    }
+
+    /// The line of whoever listens there, if it is a task that has not been passed.
+    fn line_of_listener(&self, wanted: &Wanted) -> Option<&Line> {
+        let member = wanted.members.first().filter(|_| wanted.listens)?;
+        let member = self.members.get(member)?;
+        let line = &self.lines[member.line];
+        (member.position == line.front).then_some(line)
+    }
+
     /// Waits that are not reached from what can act now.
     fn stuck(&self, main_can_help: &impl Fn(Option<&BarrierName>) -> bool) -> BTreeSet<Wait> {
         let mut able = self.free.clone();
-        let mut open: Vec<Wait> = self.by_need.iter().map(|&(_, wait)| wait).collect();
+        let listening = self.listening.iter().copied();
+        let mut open: Vec<Wait> = self.by_need.iter().map(|&(_, wait)| wait).chain(listening).collect();
         let mut ended: HashSet<Wait> = HashSet::new();
         loop {
             let before = open.len();
             open.retain(|&wait| {
                 let wanted = &self.waits[&wait];
-                let ends =
-                    wanted.held || able.able(wanted) >= wanted.need || main_can_help(wanted.barrier.as_ref());
+                let own = self
+                    .line_of_listener(wanted)
+                    .filter(|line| line.waits.iter().all(|held| ended.contains(held)))
+                    .map_or(0, |line| line.counts.all);
+                let ends = wanted.held
+                    || able.able(wanted) - own >= wanted.need
+                    || main_can_help(wanted.barrier.as_ref());
                 if ends {
                     ended.insert(wait);
                     for line in self.lines_held_by(wanted, wait) {
@@ -362,6 +405,9 @@ impl Prospects {
 
     /// Tasks that could act for this wait if nothing held them.
     fn potential(&self, wanted: &Wanted) -> usize {
+        if wanted.listens {
+            return self.total.all - self.line_of_listener(wanted).map_or(0, |line| line.counts.all);
+        }
         let mut seen = HashSet::new();
         let inside = wanted.members.iter().filter(|task| {
             self.members.get(*task).is_some_and(|member| {

@@ -36,15 +36,17 @@ use super::{
     board::{Action, Answer, Board, Event, Request},
     port::{self, ListenError},
     relay, story,
-    topic::{Content, Topics, Value},
+    topic::{Content, Topics, Value, Wanted},
 };
 
 mod errors;
 mod records;
+mod subscription;
 
 pub use super::board::{SpeakerLabel, TaskFate};
 pub use errors::{AwaitError, EnterError, PublishError};
-pub use records::{BarrierRecord, SyncRecords, TopicRecord, WaitRecord};
+pub use records::{BarrierRecord, SyncRecords, TopicRecord, TopicWaitRecord, WaitRecord};
+pub use subscription::Subscription;
 
 /// A handle to the barriers and topics of one scope.
 #[derive(Debug, Clone)]
@@ -65,7 +67,6 @@ struct Shared {
 struct Inner {
     board: Board,
     waiters: HashMap<CallId, Waiter>,
-    readers: HashMap<TopicName, Arc<Notify>>,
     /// When the timer will wake up by itself.
     armed: Option<Instant>,
     /// Kept between turns so that a turn allocates nothing.
@@ -253,20 +254,15 @@ impl SyncHost {
         timeout: Duration,
     ) -> Result<Vec<Arc<Value>>, AwaitError> {
         let timeout = timeout.min(limits::WAIT_MAX);
-        let request = Request::Await { topic: topic.clone(), count: count.max(1), timeout };
-        match self.ask(Speaker::Main, request, None).await {
-            Some(Answer::Values(values)) => Ok(values),
-            Some(Answer::TimedOut(told)) => Err(AwaitError::TimedOut(told)),
-            Some(Answer::GivenUp(told)) => Err(AwaitError::GivenUp(told)),
-            Some(Answer::Refused(source)) => Err(AwaitError::Refused { topic, source }),
-            _ => Err(AwaitError::Over { topic }),
-        }
+        let wanted = Wanted::First(count.max(1));
+        let request = Request::Await { topic: topic.clone(), wanted, timeout };
+        values_of(self.ask(Speaker::Main, request, None).await, topic)
     }
 
     /// The values of a topic from an index on, and those that come later.
     #[must_use]
     pub fn subscribe_as_main(&self, topic: TopicName, from: u64) -> Subscription {
-        self.subscribe(topic, from)
+        Subscription::new(self.clone(), topic, from)
     }
 
     /// Who broke the barrier that this task was told to be broken last; none if it was the task itself, or nobody.
@@ -348,20 +344,16 @@ impl SyncHost {
         self.tell(Event::Left { call, link_down });
     }
 
-    pub(crate) fn subscribe(&self, topic: TopicName, from: u64) -> Subscription {
-        let grown = self.lock().readers.entry(topic.clone()).or_default().clone();
-        Subscription { host: self.clone(), topic, next: from, grown }
-    }
-
     /// Reads topics.
     pub(crate) fn with_topics<T>(&self, read: impl FnOnce(&Topics) -> T) -> T {
         read(self.lock().board.topics())
     }
 
-    /// Reads every barrier, with who is missing.
+    /// Reads the barriers from an index on, with who is missing, until `read` has seen enough.
     pub(crate) fn with_barriers<T>(
         &self,
-        read: impl Fn(&Barrier, Vec<String>, &dyn Fn(Instant) -> u64) -> T,
+        from: usize,
+        mut read: impl FnMut(&Barrier, Vec<String>, &dyn Fn(Instant) -> u64) -> Option<T>,
     ) -> Vec<T> {
         let (now, wall_ns) = (self.now(), self.shared.world.clock.wall_ns());
         let to_wall = |at: Instant| {
@@ -374,7 +366,8 @@ impl SyncHost {
         inner
             .board
             .barriers()
-            .map(|barrier| {
+            .skip(from)
+            .map_while(|barrier| {
                 let missing = match barrier.meeting() {
                     Some(_) => inner.board.missing(barrier, limits::MISSING_LISTED_COUNT_MAX, now),
                     None => Vec::new(),
@@ -423,17 +416,9 @@ impl SyncHost {
         let mut actions = std::mem::take(&mut inner.actions);
         inner.board.handle(event, now, &mut actions);
         for action in actions.drain(..) {
-            match action {
-                Action::Answer { call, answer } => {
-                    if let Some(waiter) = inner.waiters.remove(&call) {
-                        told.push((waiter, answer));
-                    }
-                }
-                Action::Grew { topic } => {
-                    if let Some(readers) = inner.readers.get(&topic) {
-                        readers.notify_waiters();
-                    }
-                }
+            let Action::Answer { call, answer } = action;
+            if let Some(waiter) = inner.waiters.remove(&call) {
+                told.push((waiter, answer));
             }
         }
         actions.shrink_to(ACTIONS_KEPT_COUNT);
@@ -487,48 +472,6 @@ impl Drop for Guard<'_> {
     }
 }
 
-/// The values of a topic, one batch after the other. Dropping it ends it.
-#[derive(Debug)]
-pub struct Subscription {
-    host: SyncHost,
-    topic: TopicName,
-    next: u64,
-    grown: Arc<Notify>,
-}
-
-impl Subscription {
-    /// The next values, in order: at least one.
-    ///
-    /// # Cancel safety
-    /// Nothing is lost when the future is dropped.
-    pub async fn next(&mut self) -> Vec<Arc<Value>> {
-        loop {
-            let grown = self.grown.clone();
-            let notified = grown.notified();
-            tokio::pin!(notified);
-            // Registered before looking, so that what is published in between is not missed.
-            notified.as_mut().enable();
-            let values =
-                self.host.with_topics(|t| t.values(&self.topic, self.next, limits::SYNC_ANSWER_BYTES_MAX));
-            if !values.is_empty() {
-                self.next += values.len() as u64;
-                return values;
-            }
-            notified.await;
-        }
-    }
-}
-
-impl Drop for Subscription {
-    fn drop(&mut self) {
-        let mut inner = self.host.lock();
-        // Two are left: the map's and this one's. Nobody else reads the topic.
-        if Arc::strong_count(&self.grown) <= 2 {
-            inner.readers.remove(&self.topic);
-        }
-    }
-}
-
 /// Tells the board that time has passed, when it said that this would matter.
 async fn keep_time(shared: Weak<Shared>, timer: Arc<Notify>) {
     loop {
@@ -556,6 +499,17 @@ async fn keep_time(shared: Weak<Shared>, timer: Arc<Notify>) {
                 }
             }
         }
+    }
+}
+
+/// What main is told of a wait for values.
+fn values_of(answer: Option<Answer>, topic: TopicName) -> Result<Vec<Arc<Value>>, AwaitError> {
+    match answer {
+        Some(Answer::Values(values)) => Ok(values),
+        Some(Answer::TimedOut(told)) => Err(AwaitError::TimedOut(told)),
+        Some(Answer::GivenUp(told)) => Err(AwaitError::GivenUp(told)),
+        Some(Answer::Refused(source)) => Err(AwaitError::Refused { topic, source }),
+        _ => Err(AwaitError::Over { topic }),
     }
 }
 

@@ -124,7 +124,8 @@ mod tests {
             let enter = v1::EnterRequest { name: "setup".into(), parties: 2, ..Default::default() };
             let entered = tokio::spawn(async move { entering.enter(enter).await });
             loop {
-                let listed = person.list_barriers(v1::ListBarriersRequest {}).await.unwrap().into_inner();
+                let listed =
+                    person.list_barriers(v1::ListBarriersRequest::default()).await.unwrap().into_inner();
                 if listed.barriers[0].arrivals.len() == 2 {
                     assert_eq!(listed.barriers[0].state, "held");
                     break;

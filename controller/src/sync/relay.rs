@@ -554,9 +554,9 @@ mod tests {
         /// Waits until so many parties have entered a barrier.
         async fn entered(&self, name: &str, count: usize) {
             let seen = || {
-                let counts = self.host.with_barriers(|barrier, _, _| {
+                let counts = self.host.with_barriers(0, |barrier, _, _| {
                     let arrivals = barrier.meeting().map_or(0, |meeting| meeting.arrivals.len());
-                    (barrier.name().to_string(), arrivals)
+                    Some((barrier.name().to_string(), arrivals))
                 });
                 counts.contains(&(name.to_owned(), count))
             };

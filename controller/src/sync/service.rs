@@ -17,11 +17,11 @@ use tonic::{Request, Response, Status};
 
 use super::{
     CallId, Refusal, Speaker,
-    barrier::{Barrier, Connection, Decided},
+    barrier::{Arrival, Barrier, Connection, Decided},
     board::{self, Answer, IMPLICIT_TOKEN},
     host::{Line, SyncHost, WeakHost, roll},
     story,
-    topic::{Content, Value},
+    topic::{Content, Value, Wanted},
 };
 
 /// Who calls, as the door says.
@@ -149,14 +149,12 @@ impl SyncService for Service {
         &self,
         request: Request<v1::ListBarriersRequest>,
     ) -> Result<Response<v1::ListBarriersResponse>, Status> {
-        take(request)?;
-        let mut barriers = self.host()?.with_barriers(barrier_status);
-        // What waits, is held or is broken comes first when not everything fits.
-        if barriers.iter().map(prost::Message::encoded_len).sum::<usize>() > limits::SYNC_ANSWER_BYTES_MAX {
-            barriers.sort_by_key(|barrier| barrier.state == "idle");
-        }
-        let barriers = fitting(barriers);
-        Ok(Response::new(v1::ListBarriersResponse { barriers }))
+        let (_, v1::ListBarriersRequest { from_index }) = take(request)?;
+        let mut page = Page::new(from_index);
+        let barriers = self.host()?.with_barriers(page.from(), |barrier, missing, to_wall| {
+            page.take(barrier_status(barrier, missing, to_wall))
+        });
+        Ok(Response::new(v1::ListBarriersResponse { barriers, next_index: page.next_index }))
     }
 
     async fn publish(
@@ -185,11 +183,10 @@ impl SyncService for Service {
         &self,
         request: Request<v1::SubscribeRequest>,
     ) -> Result<Response<Self::SubscribeStream>, Status> {
-        let (_, message) = take(request)?;
+        let (caller, message) = take(request)?;
         let topic = topic_name(&message.topic)?;
-        let subscription = self.host()?.subscribe(topic, message.from_index);
-        let values = futures_unfold(subscription);
-        Ok(Response::new(values))
+        let reader = Reader { service: self.clone(), caller, topic, next_index: message.from_index };
+        Ok(Response::new(Box::pin(Batches { reader: Some(reader), next: None })))
     }
 
     async fn wait(&self, request: Request<v1::WaitRequest>) -> Result<Response<v1::WaitResponse>, Status> {
@@ -200,7 +197,8 @@ impl SyncService for Service {
             return Err(invalid("count", "must be 1 to 100,000, or zero for 1"));
         }
         let timeout = patience(message.timeout.as_ref())?;
-        match self.ask(&caller, board::Request::Await { topic, count, timeout }).await? {
+        let wanted = Wanted::First(count);
+        match self.ask(&caller, board::Request::Await { topic, wanted, timeout }).await? {
             Answer::Values(values) => Ok(Response::new(v1::WaitResponse {
                 values: values.iter().map(|v| topic_value(v)).collect(),
             })),
@@ -221,33 +219,52 @@ impl SyncService for Service {
         &self,
         request: Request<v1::ListTopicsRequest>,
     ) -> Result<Response<v1::ListTopicsResponse>, Status> {
-        take(request)?;
+        let (_, v1::ListTopicsRequest { from_index }) = take(request)?;
+        let mut page = Page::new(from_index);
         let topics = self.host()?.with_topics(|topics| {
-            topics
-                .list()
-                .map(|(name, count, size_bytes)| v1::TopicStatus {
-                    name: name.to_string(),
-                    count,
-                    size_bytes,
-                })
-                .collect()
+            let status = |(name, count, size_bytes): (&TopicName, u64, u64)| v1::TopicStatus {
+                name: name.to_string(),
+                count,
+                size_bytes,
+            };
+            let rest = topics.list().skip(page.from());
+            rest.map_while(|topic| page.take(status(topic))).collect()
         });
-        let topics = fitting(topics);
-        Ok(Response::new(v1::ListTopicsResponse { topics }))
+        Ok(Response::new(v1::ListTopicsResponse { topics, next_index: page.next_index }))
     }
 }
 
-/// The batches of a subscription as a stream.
-fn futures_unfold(
-    subscription: super::host::Subscription,
-) -> Pin<Box<dyn Stream<Item = Result<v1::SubscribeResponse, Status>> + Send>> {
-    Box::pin(Batches { next: None, subscription: Some(subscription) })
+/// A subscription: it has seen what lies before the next index.
+struct Reader {
+    service: Service,
+    caller: Caller,
+    topic: TopicName,
+    next_index: u64,
 }
 
-type NextBatch = Pin<Box<dyn Future<Output = (super::host::Subscription, Vec<Arc<Value>>)> + Send>>;
+impl Reader {
+    /// The next values: at least one. Waits until there are some.
+    async fn next(&mut self) -> Result<v1::SubscribeResponse, Status> {
+        let request = board::Request::Await {
+            topic: self.topic.clone(),
+            wanted: Wanted::From(self.next_index),
+            timeout: limits::WAIT_MAX,
+        };
+        match self.service.ask(&self.caller, request).await? {
+            Answer::Values(values) => {
+                self.next_index += values.len() as u64;
+                Ok(v1::SubscribeResponse { values: values.iter().map(|v| topic_value(v)).collect() })
+            }
+            other => Err(status(other)),
+        }
+    }
+}
 
+type NextBatch = Pin<Box<dyn Future<Output = (Reader, Result<v1::SubscribeResponse, Status>)> + Send>>;
+
+/// The batches of a subscription as a stream, which ends with the first error.
 struct Batches {
-    subscription: Option<super::host::Subscription>,
+    reader: Option<Reader>,
     next: Option<NextBatch>,
 }
 
@@ -258,30 +275,49 @@ impl Stream for Batches {
         mut self: Pin<&mut Self>,
         context: &mut std::task::Context<'_>,
     ) -> std::task::Poll<Option<Self::Item>> {
-        if let Some(mut subscription) = self.subscription.take() {
+        if let Some(mut reader) = self.reader.take() {
             self.next = Some(Box::pin(async move {
-                let values = subscription.next().await;
-                (subscription, values)
+                let batch = reader.next().await;
+                (reader, batch)
             }));
         }
         let Some(next) = &mut self.next else { return std::task::Poll::Ready(None) };
-        next.as_mut().poll(context).map(|(subscription, values)| {
+        next.as_mut().poll(context).map(|(reader, batch)| {
             self.next = None;
-            self.subscription = Some(subscription);
-            Some(Ok(v1::SubscribeResponse { values: values.iter().map(|v| topic_value(v)).collect() }))
+            self.reader = batch.is_ok().then_some(reader);
+            Some(batch)
         })
     }
 }
 
-/// The first of them that fit in one answer.
-fn fitting<M: prost::Message>(all: Vec<M>) -> Vec<M> {
-    let mut size_bytes = 0;
-    let fits = |message: &M| {
+/// What fits in one answer of a list: at least one, if there is one.
+struct Page {
+    from_index: u32,
+    taken: u32,
+    size_bytes: usize,
+    /// Where the next answer begins; zero while everything fits.
+    next_index: u32,
+}
+
+impl Page {
+    fn new(from_index: u32) -> Self {
+        Self { from_index, taken: 0, size_bytes: 0, next_index: 0 }
+    }
+
+    fn from(&self) -> usize {
+        usize::try_from(self.from_index).unwrap_or(usize::MAX)
+    }
+
+    fn take<M: prost::Message>(&mut self, message: M) -> Option<M> {
         // Two bytes of tag and length more, or three for a long one.
-        size_bytes += message.encoded_len() + 3;
-        size_bytes <= limits::SYNC_ANSWER_BYTES_MAX
-    };
-    all.into_iter().take_while(fits).collect()
+        self.size_bytes += message.encoded_len() + 3;
+        if self.taken > 0 && self.size_bytes > limits::SYNC_ANSWER_BYTES_MAX {
+            self.next_index = self.from_index.saturating_add(self.taken);
+            return None;
+        }
+        self.taken += 1;
+        Some(message)
+    }
 }
 
 fn gone() -> Status {
@@ -397,6 +433,11 @@ fn barrier_status(
         (false, false, false) => "idle",
     };
     let arrivals = barrier.meeting().map_or(&[][..], |meeting| &meeting.arrivals);
+    let mut names_bytes = 0;
+    let fits = |arrival: &&Arrival| {
+        names_bytes += arrival.label.len();
+        names_bytes <= limits::ARRIVALS_LISTED_BYTES_MAX
+    };
     v1::BarrierStatus {
         name: barrier.name().to_string(),
         generation: barrier.generation(),
@@ -405,6 +446,7 @@ fn barrier_status(
         arrivals: arrivals
             .iter()
             .take(limits::ARRIVALS_LISTED_COUNT_MAX)
+            .take_while(fits)
             .map(|arrival| v1::BarrierArrival {
                 name: arrival.label.to_string(),
                 enter_time: Some(convert::timestamp(to_wall(arrival.entered))),

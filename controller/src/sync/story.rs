@@ -109,6 +109,9 @@ pub fn absence(
         (None, Some(_)) if unfinished > 1 => {
             "no other task takes part in this barrier, and main starts no more".to_owned()
         }
+        (None, None) if unfinished > 1 => {
+            "the others of its stream run when it has ended, and main starts no more".to_owned()
+        }
         (None, _) => "there is no other task, and main starts no more".to_owned(),
     };
     (told, None)
@@ -151,7 +154,7 @@ pub fn doing(
 ) -> String {
     let mut told = match (waits, progress) {
         (Some((place, since)), _) => {
-            format!("waits at {place} for {}", spoken(now.duration_since(since)))
+            format!("{place} for {}", spoken(now.duration_since(since)))
         }
         (None, Some((text, since))) => format!("{text}, told {} ago", spoken(now.duration_since(*since))),
         (None, None) => "has not begun".to_owned(),

@@ -6,8 +6,8 @@
 //!              |--patience ended, taken back, nobody can publish any more--> over
 //! ```
 //!
-//! Sends nothing and holds no locks. Who subscribes is not known here: a topic that grew is reported, and whoever reads
-//! asks for what lies after the last index it has seen.
+//! Sends nothing and holds no locks. A subscription is one wait after the other: each for the value after the last that
+//! its reader has seen.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
@@ -50,14 +50,18 @@ pub enum Event {
         /// Makes a repeat of the same publisher harmless.
         token: Option<Arc<str>>,
     },
-    /// Somebody began to wait for a number of values.
+    /// Somebody began to wait for values.
     Awaited {
         /// The call that waits.
         call: CallId,
+        /// Who.
+        speaker: Speaker,
+        /// What it is called.
+        label: Arc<str>,
         /// For which topic.
         topic: TopicName,
-        /// For how many values: at least 1.
-        count: u64,
+        /// For which values.
+        wanted: Wanted,
         /// With which patience.
         timeout: Duration,
     },
@@ -65,6 +69,8 @@ pub enum Event {
     TakenBack {
         /// The call that waited.
         call: CallId,
+        /// Why, in a few words.
+        reason: String,
     },
     /// Nobody is left who could publish what this call waits for.
     FoundHopeless {
@@ -87,38 +93,19 @@ pub enum Action {
         /// The index, from 0.
         index: u64,
     },
-    /// Wake whoever reads this topic.
-    Grew {
-        /// The topic.
-        topic: TopicName,
-    },
     /// Note that this call waits now.
     Wait {
         /// The call.
         call: CallId,
     },
-    /// Give the call the first `count` values.
-    Met {
+    /// A wait is over: tell the call how, unless it was taken back.
+    End {
         /// The call.
         call: CallId,
-        /// The topic.
-        topic: TopicName,
-        /// How many.
-        count: u64,
-    },
-    /// Tell the call that its patience ended.
-    TimedOut {
-        /// The call.
-        call: CallId,
-        /// The story.
-        sentence: String,
-    },
-    /// Tell the call that nobody can publish any more.
-    GiveUp {
-        /// The call.
-        call: CallId,
-        /// The story.
-        sentence: String,
+        /// The wait.
+        wait: Wait,
+        /// How it ended.
+        end: End,
     },
     /// Refuse the call.
     Refuse {
@@ -129,6 +116,62 @@ pub enum Action {
     },
 }
 
+/// Which values somebody waits for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Wanted {
+    /// The first so many: at least 1.
+    First(u64),
+    /// Those from an index on: at least one of them. What a subscription waits for.
+    From(u64),
+}
+
+impl Wanted {
+    /// How many values the topic must have.
+    #[must_use]
+    pub fn count(self) -> u64 {
+        match self {
+            Self::First(count) => count,
+            Self::From(index) => index.saturating_add(1),
+        }
+    }
+
+    /// Whether a subscription waits: its reader may do something else meanwhile.
+    #[must_use]
+    pub fn is_subscription(self) -> bool {
+        matches!(self, Self::From(_))
+    }
+}
+
+/// A wait for values.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Wait {
+    /// Who waits.
+    pub speaker: Speaker,
+    /// What it is called.
+    pub label: Arc<str>,
+    /// For which topic.
+    pub topic: TopicName,
+    /// For which values.
+    pub wanted: Wanted,
+    /// Since when.
+    pub began: Instant,
+    /// Until when.
+    pub deadline: Instant,
+}
+
+/// How a wait ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum End {
+    /// The values are there.
+    Met,
+    /// Patience ended: the story.
+    TimedOut(String),
+    /// Nobody can publish any more: the story.
+    GivenUp(String),
+    /// Nobody waits any more: why.
+    TakenBack(String),
+}
+
 #[derive(Debug, Default)]
 struct Topic {
     values: Vec<Arc<Value>>,
@@ -136,14 +179,6 @@ struct Topic {
     /// By count, so that a publication looks only at waits that it meets.
     waits: BTreeSet<(u64, CallId)>,
     tokens: HashMap<(Speaker, Arc<str>), u64>,
-}
-
-#[derive(Debug, Clone)]
-struct Wait {
-    topic: TopicName,
-    count: u64,
-    began: Instant,
-    deadline: Instant,
 }
 
 /// All topics of a scope.
@@ -166,22 +201,32 @@ impl Topics {
                     Ok((index, true)) => {
                         actions.push(Action::Indexed { call, index });
                         self.meet(&topic, index + 1, actions);
-                        actions.push(Action::Grew { topic });
                     }
                 }
             }
-            Event::Awaited { call, topic, count, timeout } => {
-                self.wait(call, topic, count, timeout, now, actions)
+            Event::Awaited { call, speaker, label, topic, wanted, timeout } => {
+                let deadline = now + timeout;
+                self.wait(call, Wait { speaker, label, topic, wanted, began: now, deadline }, actions);
             }
-            Event::TakenBack { call } => {
-                self.forget(call);
+            Event::TakenBack { call, reason } => {
+                if let Some(wait) = self.forget(call) {
+                    actions.push(Action::End { call, wait, end: End::TakenBack(reason) });
+                }
             }
             Event::FoundHopeless { call, sentence } => {
                 if let Some(wait) = self.forget(call) {
                     let have = self.count(&wait.topic);
-                    let sentence =
-                        format!("topic `{}` has {have} of {} values: {sentence}", wait.topic, wait.count);
-                    actions.push(Action::GiveUp { call, sentence });
+                    let sentence = match wait.wanted {
+                        Wanted::First(count) => {
+                            format!("topic `{}` has {have} of {count} values: {sentence}", wait.topic)
+                        }
+                        Wanted::From(_) => {
+                            let have = usize::try_from(have).unwrap_or(usize::MAX);
+                            let have = millstream_common::text::counted(have, "value");
+                            format!("topic `{}` has {have} and gets no more: {sentence}", wait.topic)
+                        }
+                    };
+                    actions.push(Action::End { call, wait, end: End::GivenUp(sentence) });
                 }
             }
             Event::TimePassed => {
@@ -191,9 +236,10 @@ impl Topics {
                     let Some(wait) = self.forget(call) else { break };
                     let have = self.count(&wait.topic);
                     let waited = millstream_common::text::spoken(now.duration_since(wait.began));
+                    let count = wait.wanted.count();
                     let sentence =
-                        format!("topic `{}` had {have} of {} values after {waited}", wait.topic, wait.count);
-                    actions.push(Action::TimedOut { call, sentence });
+                        format!("topic `{}` had {have} of {count} values after {waited}", wait.topic);
+                    actions.push(Action::End { call, wait, end: End::TimedOut(sentence) });
                 }
             }
         }
@@ -227,8 +273,8 @@ impl Topics {
 
     /// What a call waits for, if it waits.
     #[must_use]
-    pub fn awaited(&self, call: CallId) -> Option<(&TopicName, Instant)> {
-        self.waits.get(&call).map(|wait| (&wait.topic, wait.began))
+    pub fn awaited(&self, call: CallId) -> Option<&Wait> {
+        self.waits.get(&call)
     }
 
     /// Every topic in order of first publication: name, values, bytes.
@@ -291,36 +337,26 @@ impl Topics {
             topic.waits.pop_first();
             if let Some(wait) = self.waits.remove(&call) {
                 self.patience.remove(&(wait.deadline, call));
+                actions.push(Action::End { call, wait, end: End::Met });
             }
-            actions.push(Action::Met { call, topic: name.clone(), count });
         }
     }
 
-    fn wait(
-        &mut self,
-        call: CallId,
-        name: TopicName,
-        count: u64,
-        timeout: Duration,
-        now: Instant,
-        actions: &mut Vec<Action>,
-    ) {
-        if self.count(&name) >= count {
-            actions.push(Action::Met { call, topic: name, count });
+    fn wait(&mut self, call: CallId, wait: Wait, actions: &mut Vec<Action>) {
+        let count = wait.wanted.count();
+        if self.count(&wait.topic) >= count {
+            actions.push(Action::End { call, wait, end: End::Met });
             return;
         }
-        if !self.topics.contains_key(&name) && self.topics.len() >= limits::TOPICS_COUNT_MAX {
+        if !self.topics.contains_key(&wait.topic) && self.topics.len() >= limits::TOPICS_COUNT_MAX {
             let limit = limits::TOPICS_COUNT_MAX.to_string();
-            actions.push(Action::Refuse {
-                call,
-                refusal: Refusal::Full { what: "too many topics".to_owned(), limit },
-            });
+            let refusal = Refusal::Full { what: "too many topics".to_owned(), limit };
+            actions.push(Action::Refuse { call, refusal });
             return;
         }
-        let deadline = now + timeout;
-        self.topics.entry(name.clone()).or_default().waits.insert((count, call));
-        self.patience.insert((deadline, call));
-        self.waits.insert(call, Wait { topic: name, count, began: now, deadline });
+        self.topics.entry(wait.topic.clone()).or_default().waits.insert((count, call));
+        self.patience.insert((wait.deadline, call));
+        self.waits.insert(call, wait);
         actions.push(Action::Wait { call });
     }
 
@@ -328,7 +364,7 @@ impl Topics {
         let wait = self.waits.remove(&call)?;
         self.patience.remove(&(wait.deadline, call));
         if let Some(topic) = self.topics.get_mut(&wait.topic) {
-            topic.waits.remove(&(wait.count, call));
+            topic.waits.remove(&(wait.wanted.count(), call));
         }
         Some(wait)
     }

@@ -104,7 +104,7 @@ impl Board {
             Wait::Topic(call) => self
                 .topics
                 .awaited(CallId(call))
-                .map_or_else(String::new, |(topic, _)| format!("topic `{topic}`")),
+                .map_or_else(String::new, |wait| format!("topic `{}`", wait.topic)),
         }
     }
 
@@ -115,13 +115,17 @@ impl Board {
     /// What a task does now, as half a sentence.
     fn doing(&self, task: TaskId, now: Instant) -> String {
         let Some(task) = self.tasks.get(&task) else { return "has ended".to_owned() };
-        let waits = task.calls.first().and_then(|call| {
+        // What it only listens to says the least.
+        let listens = |call: &CallId| self.topics.awaited(*call).is_some_and(|w| w.wanted.is_subscription());
+        let call = task.calls.iter().find(|call| !listens(call)).or(task.calls.first());
+        let waits = call.and_then(|call| {
             let place = self.calls.get(call)?;
-            let since = match place.wait {
-                Wait::Barrier(index) => self.barriers[index].barrier.arrival(*call)?.entered,
-                Wait::Topic(_) => self.topics.awaited(*call)?.1,
+            let (verb, since) = match place.wait {
+                Wait::Barrier(index) => ("waits at", self.barriers[index].barrier.arrival(*call)?.entered),
+                Wait::Topic(_) if listens(call) => ("listens to", self.topics.awaited(*call)?.began),
+                Wait::Topic(_) => ("waits at", self.topics.awaited(*call)?.began),
             };
-            Some((self.place_name(place.wait), since))
+            Some((format!("{verb} {}", self.place_name(place.wait)), since))
         });
         story::doing(waits, task.doing.as_ref(), task.suspended, now)
     }

@@ -13,7 +13,7 @@ use millstream_common::id::{BarrierName, BlockName, StreamName, TaskId, TopicNam
 use crate::sync::{
     CallId, Culprit, Refusal, Speaker,
     barrier::{Decided, Decision},
-    topic::{Content, Value},
+    topic::{Content, Value, Wanted},
 };
 
 /// Where a task stands: its stream, its number there, its block.
@@ -88,8 +88,8 @@ pub enum Request {
     Await {
         /// Where.
         topic: TopicName,
-        /// How many: at least 1.
-        count: u64,
+        /// Which.
+        wanted: Wanted,
         /// Patience.
         timeout: Duration,
     },
@@ -173,11 +173,6 @@ pub enum Action {
         /// What to say.
         answer: Answer,
     },
-    /// Wake whoever reads this topic.
-    Grew {
-        /// The topic.
-        topic: TopicName,
-    },
 }
 
 /// What a call is told.
@@ -245,6 +240,27 @@ pub struct WaitRecord {
     pub entered: Instant,
     /// How long it waited.
     pub waited: Duration,
+}
+
+/// A wait for values of a topic as it is kept for the results.
+#[derive(Debug, Clone)]
+pub struct TopicWaitRecord {
+    /// Who waited.
+    pub speaker: Speaker,
+    /// What it is called.
+    pub label: Arc<str>,
+    /// For which topic.
+    pub topic: TopicName,
+    /// How many values the topic had to have.
+    pub count: u64,
+    /// Whether it was a subscription that waited for its next value.
+    pub subscribed: bool,
+    /// When it began.
+    pub began: Instant,
+    /// How long it lasted.
+    pub waited: Duration,
+    /// Why it ended without the values; none: it got them.
+    pub failed: Option<String>,
 }
 
 impl Answer {

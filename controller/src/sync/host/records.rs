@@ -29,10 +29,7 @@ pub(super) fn collect(board: &Board, now: Instant, wall_ns: u64) -> SyncRecords 
             .iter()
             .map(|wait| WaitRecord {
                 party: wait.label.to_string(),
-                task: match wait.speaker {
-                    Speaker::Task(task) => Some(task),
-                    Speaker::Main | Speaker::ByHand => None,
-                },
+                task: task_of(wait.speaker),
                 by_hand: wait.speaker == Speaker::ByHand,
                 entered_time_ns: to_wall(wait.entered),
                 waited_ns: u64::try_from(wait.waited.as_nanos()).unwrap_or(u64::MAX),
@@ -41,11 +38,31 @@ pub(super) fn collect(board: &Board, now: Instant, wall_ns: u64) -> SyncRecords 
         omitted_count: record.omitted,
     });
     let barriers = barriers.collect();
+    let (waits, waits_omitted_count) = board.topic_waits();
+    let waits = waits.iter().map(|wait| TopicWaitRecord {
+        topic: wait.topic.clone(),
+        party: wait.label.to_string(),
+        task: task_of(wait.speaker),
+        by_hand: wait.speaker == Speaker::ByHand,
+        count: wait.count,
+        subscribed: wait.subscribed,
+        began_time_ns: to_wall(wait.began),
+        waited_ns: u64::try_from(wait.waited.as_nanos()).unwrap_or(u64::MAX),
+        failed: wait.failed.clone(),
+    });
+    let waits = waits.collect();
     let topics = board.topics().list();
     let topics = topics
         .map(|(name, count, size_bytes)| TopicRecord { name: name.clone(), count, size_bytes })
         .collect();
-    SyncRecords { barriers, topics }
+    SyncRecords { barriers, topics, waits, waits_omitted_count }
+}
+
+fn task_of(speaker: Speaker) -> Option<TaskId> {
+    match speaker {
+        Speaker::Task(task) => Some(task),
+        Speaker::Main | Speaker::ByHand => None,
+    }
 }
 
 /// What came of the barriers and topics of a scope, for `test.json`.
@@ -55,6 +72,11 @@ pub struct SyncRecords {
     pub barriers: Vec<BarrierRecord>,
     /// Every topic.
     pub topics: Vec<TopicRecord>,
+    /// Every wait for values of a topic, in the order in which they ended.
+    pub waits: Vec<TopicWaitRecord>,
+    /// Waits that are not listed, because too many are on record.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub waits_omitted_count: usize,
 }
 
 /// One decided meeting.
@@ -118,6 +140,33 @@ pub struct TopicRecord {
     pub count: u64,
     /// Bytes of its values.
     pub size_bytes: u64,
+}
+
+/// One wait for values of a topic.
+#[derive(Debug, Clone, Serialize)]
+pub struct TopicWaitRecord {
+    /// The topic.
+    pub topic: TopicName,
+    /// Who waited.
+    pub party: String,
+    /// Its task, when it is one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub task: Option<TaskId>,
+    /// Whether a person waited.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub by_hand: bool,
+    /// How many values the topic had to have.
+    pub count: u64,
+    /// Whether it was a subscription that waited for its next value.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub subscribed: bool,
+    /// When it began, in nanoseconds since 1970 by the controller's clock.
+    pub began_time_ns: u64,
+    /// How long it lasted, in nanoseconds.
+    pub waited_ns: u64,
+    /// Why it ended without the values; none: it got them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub failed: Option<String>,
 }
 
 #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde asks with a reference")]
