@@ -4,6 +4,8 @@
 
 use bytes::{Buf as _, BufMut as _, Bytes, BytesMut};
 
+pub mod body;
+
 /// Bytes before each message.
 const PREFIX_BYTES: usize = 5;
 

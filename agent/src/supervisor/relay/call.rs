@@ -6,7 +6,7 @@
 use std::{
     collections::VecDeque,
     convert::Infallible,
-    pin::{Pin, pin},
+    pin::Pin,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicUsize, Ordering},
@@ -18,7 +18,7 @@ use bytes::Bytes;
 use http_body::{Body, Frame};
 use hyper::body::Incoming;
 use millstream_common::{
-    framing::{Deframer, framed},
+    framing::body::{Messages, Piece, ReadError, end_frame, message_frame},
     id::TaskId,
     limits,
 };
@@ -183,18 +183,17 @@ pub(super) async fn run(
     let mut asking = Asking {
         task,
         method,
-        body: request.into_body(),
-        deframer: Deframer::new(limits::RELAY_MESSAGE_BYTES_MAX),
+        body: Messages::new(request.into_body(), limits::RELAY_MESSAGE_BYTES_MAX),
         kept: Kept { shared: seat.shared.clone(), messages: Vec::new(), size_bytes: 0 },
         half_closed: false,
         said: Said::default(),
     };
     match asking.first_answer(&seat).await {
         Ok(message) => {
-            let Asking { body, deframer, half_closed, .. } = asking;
+            let Asking { body, half_closed, .. } = asking;
             if !half_closed {
                 // Ends with the request's body, which ends with the call.
-                drop(tokio::spawn(pass_on(seat.shared.clone(), seat.call.clone(), body, deframer)));
+                drop(tokio::spawn(pass_on(seat.shared.clone(), seat.call.clone(), body)));
             }
             response(AnswerBody { seat: Some(seat), first: Some(message) })
         }
@@ -219,8 +218,7 @@ struct Said {
 struct Asking {
     task: TaskId,
     method: String,
-    body: Incoming,
-    deframer: Deframer,
+    body: Messages<Incoming>,
     kept: Kept,
     half_closed: bool,
     said: Said,
@@ -240,7 +238,7 @@ impl Drop for Kept {
 }
 
 enum Step {
-    Body(Option<Result<Frame<Bytes>, hyper::Error>>),
+    Body(Result<Piece, ReadError<hyper::Error>>),
     Say(u64),
     Answer(Answer),
 }
@@ -252,9 +250,9 @@ impl Asking {
             let step = std::future::poll_fn(|context| {
                 // The body first: a call that is complete is said in one go.
                 if !self.half_closed
-                    && let Poll::Ready(frame) = Pin::new(&mut self.body).poll_frame(context)
+                    && let Poll::Ready(piece) = self.body.poll_next(context)
                 {
-                    return Poll::Ready(Step::Body(frame));
+                    return Poll::Ready(Step::Body(piece));
                 }
                 if let Some(answer) = seat.call.poll_answer(context, &seat.shared) {
                     return Poll::Ready(Step::Answer(answer));
@@ -266,7 +264,7 @@ impl Asking {
             })
             .await;
             match step {
-                Step::Body(frame) => self.take(frame)?,
+                Step::Body(piece) => self.take(piece)?,
                 Step::Say(link) => self.say(link, seat).await?,
                 Step::Answer(Answer::Message(message)) => return Ok(message),
                 Step::Answer(Answer::End(status)) => return Err(status),
@@ -280,23 +278,11 @@ impl Asking {
             || self.said.half_close != self.half_closed
     }
 
-    fn take(&mut self, frame: Option<Result<Frame<Bytes>, hyper::Error>>) -> Result<(), Status> {
-        match frame {
-            None => {
-                if !self.deframer.is_between_messages() {
-                    return Err(Status::invalid_argument("the request ends in the middle of a message"));
-                }
-                self.half_closed = true;
-            }
-            Some(Err(error)) => return Err(Status::cancelled(format!("the request broke off: {error}"))),
-            Some(Ok(frame)) => {
-                if let Ok(data) = frame.into_data() {
-                    self.deframer.push(data);
-                }
-                while let Some(message) = next_message(&mut self.deframer)? {
-                    self.keep(message)?;
-                }
-            }
+    fn take(&mut self, piece: Result<Piece, ReadError<hyper::Error>>) -> Result<(), Status> {
+        match piece {
+            Ok(Piece::Message(message)) => self.keep(message)?,
+            Ok(Piece::Trailers(_) | Piece::End) => self.half_closed = true,
+            Err(error) => return Err(unreadable(&error)),
         }
         Ok(())
     }
@@ -344,42 +330,28 @@ impl Asking {
     }
 }
 
-fn next_message(deframer: &mut Deframer) -> Result<Option<Bytes>, Status> {
-    deframer.next_message().map_err(|error| Status::resource_exhausted(error.to_string()))
+/// What a block is told whose request cannot be passed on.
+fn unreadable(error: &ReadError<hyper::Error>) -> Status {
+    match error {
+        ReadError::Broken(error) => Status::cancelled(format!("the request broke off: {error}")),
+        ReadError::Framing(error) => Status::resource_exhausted(error.to_string()),
+        ReadError::Incomplete => Status::invalid_argument("the request ends in the middle of a message"),
+    }
 }
 
 /// Passes on what a block says after the first answer. A link that breaks now ends the call, so nothing is kept.
-async fn pass_on(shared: Arc<Shared>, call: Arc<Call>, body: Incoming, mut deframer: Deframer) {
-    let mut body = pin!(body);
+async fn pass_on(shared: Arc<Shared>, call: Arc<Call>, mut body: Messages<Incoming>) {
     loop {
-        let frame = std::future::poll_fn(|context| body.as_mut().poll_frame(context)).await;
-        let mut frames = Vec::new();
-        let over = match frame {
-            None => {
-                frames.push(relay_frame::Frame::HalfClose(v1::RelayHalfClose {}));
-                true
-            }
-            Some(Err(_)) => return,
-            Some(Ok(frame)) => {
-                if let Ok(data) = frame.into_data() {
-                    deframer.push(data);
-                }
-                loop {
-                    match next_message(&mut deframer) {
-                        Ok(Some(message)) => frames.push(relay_frame::Frame::Message(message)),
-                        Ok(None) => break false,
-                        Err(status) => return call.ended(status),
-                    }
-                }
-            }
+        let frame = match body.next().await {
+            Ok(Piece::Message(message)) => relay_frame::Frame::Message(message),
+            Ok(Piece::Trailers(_) | Piece::End) => relay_frame::Frame::HalfClose(v1::RelayHalfClose {}),
+            // The call is over with its connection.
+            Err(ReadError::Broken(_)) => return,
+            Err(error) => return call.ended(unreadable(&error)),
         };
-        for frame in frames {
-            let frame = v1::RelayFrame { call_id: call.id, frame: Some(frame) };
-            if shared.frames.send(frame).await.is_err() {
-                return;
-            }
-        }
-        if over {
+        let over = matches!(frame, relay_frame::Frame::HalfClose(_));
+        let frame = v1::RelayFrame { call_id: call.id, frame: Some(frame) };
+        if shared.frames.send(frame).await.is_err() || over {
             return;
         }
     }
@@ -421,19 +393,16 @@ impl Body for AnswerBody {
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
         if let Some(message) = self.first.take() {
-            return Poll::Ready(Some(Ok(Frame::data(framed(&message)))));
+            return Poll::Ready(Some(Ok(message_frame(&message))));
         }
         let Some(seat) = &mut self.seat else { return Poll::Ready(None) };
         match seat.call.poll_answer(context, &seat.shared) {
             None => Poll::Pending,
-            Some(Answer::Message(message)) => Poll::Ready(Some(Ok(Frame::data(framed(&message))))),
+            Some(Answer::Message(message)) => Poll::Ready(Some(Ok(message_frame(&message)))),
             Some(Answer::End(status)) => {
                 seat.over = seat.call.answers().end.is_some();
                 self.seat = None;
-                let mut trailers = http::HeaderMap::new();
-                // Fails only for a message that cannot be a header; it is encoded so that it can.
-                drop(status.add_header(&mut trailers));
-                Poll::Ready(Some(Ok(Frame::trailers(trailers))))
+                Poll::Ready(Some(Ok(end_frame(&status))))
             }
         }
     }
