@@ -23,6 +23,9 @@ use crate::{clock::World, convert, limits};
 
 pub mod blocking;
 pub mod command;
+mod parties;
+
+pub use parties::{Parties, PartiesError};
 
 /// A barrier was passed.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -106,8 +109,8 @@ impl From<String> for Content {
 /// How a block enters a barrier. The default: the size of the group, 60 s, nothing brought.
 #[derive(Debug, Clone, Default)]
 pub struct Entry {
-    /// Parties, this one included; none: the size of the group that the block was run on.
-    pub parties: Option<u32>,
+    /// How many parties there are, this one included; the size of the group that the block was run on unless set.
+    pub parties: Parties,
     /// Patience; none: 60 s.
     pub timeout: Option<Duration>,
     /// What every other party gets: at most 64 KiB.
@@ -235,17 +238,24 @@ impl SyncClient {
     /// # Cancel safety
     /// Dropping the future gives the entry up, which breaks the meeting after the reconnection grace.
     pub async fn barrier(&self, name: &str, entry: Entry) -> Result<Released, SyncError> {
+        let (parties, all, more_parties) = match entry.parties {
+            Parties::Count(0) => {
+                return Err(Status::invalid_argument("parties must be 1 to 100,000").into());
+            }
+            Parties::Count(count) => (count, false, 0),
+            Parties::Group { more } => (0, false, more),
+            Parties::All { more } => (0, true, more),
+        };
         let request = v1::EnterRequest {
             name: name.to_owned(),
-            parties: entry.parties.unwrap_or(0),
+            parties,
+            all,
+            more_parties,
             timeout: entry.timeout.map(convert::duration),
             party_token: self.world.ids.token(),
             payload: entry.payload,
             display_name: entry.display_name.unwrap_or_default(),
         };
-        if entry.parties == Some(0) {
-            return Err(Status::invalid_argument("parties must be 1 to 100,000").into());
-        }
         let answer = self
             .again(|mut client| {
                 let request = request.clone();

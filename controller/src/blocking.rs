@@ -19,7 +19,7 @@ use crate::{
     error::{Error, Result, UnexpectedEnd},
     outcome::{FailureReport, Outcome, Report},
     stream::Stream,
-    streams::Streams,
+    streams::{Parties, Streams},
     task::{Ready, ReadyError, Task},
 };
 
@@ -78,7 +78,7 @@ pub trait BlockingStreams {
     ///
     /// # Errors
     /// When the barrier broke or was refused.
-    fn barrier_blocking(&self, name: &str, parties: u32) -> Result<crate::streams::Released>;
+    fn barrier_blocking(&self, name: &str, parties: impl Into<Parties>) -> Result<crate::streams::Released>;
 
     /// As [`Streams::close`].
     ///
@@ -96,7 +96,7 @@ impl BlockingStreams for Streams {
         block_on(self.join())
     }
 
-    fn barrier_blocking(&self, name: &str, parties: u32) -> Result<crate::streams::Released> {
+    fn barrier_blocking(&self, name: &str, parties: impl Into<Parties>) -> Result<crate::streams::Released> {
         block_on(self.barrier(name, parties)).map_err(Error::from)
     }
 

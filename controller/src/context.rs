@@ -15,7 +15,7 @@ use std::{
 
 use millstream_common::{
     id::{IdError, NameError, StreamName, TaskId},
-    sync_client::{Content, Entry, Released, SyncError, TopicValue, blocking::SyncClient},
+    sync_client::{Content, Entry, Parties, Released, SyncError, TopicValue, blocking::SyncClient},
 };
 use serde::{Serialize, de::DeserializeOwned};
 use serde_json::{Map, Value};
@@ -210,16 +210,16 @@ impl BlockContext {
         Ok(self.parameters.get_or_init(|| parameters))
     }
 
-    /// Waits until `parties` have entered the barrier, this block included; at most 60 s.
+    /// Waits until `parties` have entered the barrier, this block included; at most 60 s. A number, or
+    /// [`Parties::group`] in a block that was run on a group, or [`Parties::all`].
     ///
     /// # Errors
     /// When the meeting broke: the message says by whom, where and why.
-    pub fn barrier(&self, name: &str, parties: usize) -> Result<Released, ContextError> {
-        let parties = Some(u32::try_from(parties).unwrap_or(u32::MAX));
-        self.barrier_with(name, Entry { parties, ..Entry::default() })
+    pub fn barrier(&self, name: &str, parties: impl Into<Parties>) -> Result<Released, ContextError> {
+        self.barrier_with(name, Entry { parties: parties.into(), ..Entry::default() })
     }
 
-    /// Enters a barrier with a payload for the others, another patience, or as many parties as the group has.
+    /// Enters a barrier with a payload for the others, or another patience.
     ///
     /// # Errors
     /// When the meeting broke: the message says by whom, where and why.

@@ -83,7 +83,7 @@ pub use outcome::{
 pub use params::{DefineStreamsError, GetParamError, Origin, Params, ReadParamsError};
 pub use results::{Layout, WriteResultsError};
 pub use stream::{StartError, Started, Stream, StreamGroup, start_together};
-pub use streams::{CloseError, MeetError, OpenError, StreamError, Streams, StreamsBuilder};
+pub use streams::{CloseError, MeetError, OpenError, Parties, StreamError, Streams, StreamsBuilder};
 pub use task::{LogLine, Logs, Prepared, Ready, ReadyError, Running, Task};
 
 /// What the macros of this crate expand to. Not for users: it may change at any time.

@@ -12,7 +12,7 @@ use std::{
 };
 
 use bytes::Bytes;
-pub use millstream_common::sync_client::Released;
+pub use millstream_common::sync_client::{Parties, Released};
 use millstream_common::{
     id::{BarrierName, TopicName},
     limits,
@@ -280,14 +280,15 @@ impl Streams {
         self.core.writer.data_directory()
     }
 
-    /// Takes part in a barrier as blocks do: waits until `parties` have entered, at most 60 s.
+    /// Takes part in a barrier as blocks do: waits until `parties` have entered, at most 60 s. A number, or
+    /// [`Parties::all`] with one more for main, or [`Parties::group`] for as many as those have said who wait already.
     ///
     /// # Errors
     /// When the barrier broke, or was refused.
     ///
     /// # Cancel safety
     /// Dropping the future takes main back, which breaks the barrier for all.
-    pub async fn barrier(&self, name: &str, parties: u32) -> Result<Released, MeetError> {
+    pub async fn barrier(&self, name: &str, parties: impl Into<Parties>) -> Result<Released, MeetError> {
         self.barrier_with(name, parties, limits::BARRIER_TIMEOUT, Bytes::new()).await
     }
 
@@ -301,12 +302,12 @@ impl Streams {
     pub async fn barrier_with(
         &self,
         name: &str,
-        parties: u32,
+        parties: impl Into<Parties>,
         timeout: Duration,
         payload: impl Into<Bytes>,
     ) -> Result<Released, MeetError> {
         let name = BarrierName::new(name)?;
-        Ok(self.core.sync.enter_as_main(name, Some(parties), timeout, payload.into()).await?)
+        Ok(self.core.sync.enter_as_main(name, parties, timeout, payload.into()).await?)
     }
 
     /// Makes a broken barrier usable again.

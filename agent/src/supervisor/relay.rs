@@ -391,7 +391,7 @@ mod tests {
         assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
 
         let client = SyncClient::connect(&path).await.unwrap();
-        let entry = Entry { parties: Some(2), ..Entry::default() };
+        let entry = Entry { parties: 2.into(), ..Entry::default() };
         let waiting = tokio::spawn(async move { client.barrier("x", entry).await });
         relay.attached(true);
         let whole = [ENTER, "1 message", "1 half close"];
@@ -417,7 +417,7 @@ mod tests {
         let path = directory.path().join("sync.sock");
         relay.open(task, &path, None).unwrap();
         let client = SyncClient::connect(&path).await.unwrap();
-        let entry = Entry { parties: Some(2), ..Entry::default() };
+        let entry = Entry { parties: 2.into(), ..Entry::default() };
         let waiting = tokio::spawn(async move { client.barrier("x", entry).await });
         assert_eq!(said(&mut frames, 3).await, [ENTER, "1 message", "1 half close"]);
         relay.close(task);

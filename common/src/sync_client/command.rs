@@ -18,7 +18,7 @@ use bytes::Bytes;
 use serde_json::{Value, json};
 use tokio::{io::Interest, net::unix::pipe};
 
-use super::{Content, Entry, Released, SyncError, TopicValue, blocking::SyncClient};
+use super::{Content, Entry, Parties, PartiesError, Released, SyncError, TopicValue, blocking::SyncClient};
 use crate::{limits, text};
 
 const USAGE: &str = "\
@@ -35,7 +35,8 @@ Usage: millstream-sync [--json] COMMAND
   whiteboard [TEXT | -]      add a line to the task's whiteboard, or print it
   list                       print every barrier and topic
 
-PARTIES may be left out in a block that was run on a group. Timeouts are seconds, or like 2m 30s.
+PARTIES is a number, `group` (also when it is left out: the group that the block was run on), `all` (every defined
+stream), or one of these and more, such as `all+1`. Timeouts are seconds, or like 2m 30s.
 Exit code: 0 done; 1 broken, timed out or nobody answered; 2 wrong usage, or not inside a block.
 ";
 
@@ -154,7 +155,7 @@ struct Parsed {
 #[derive(Debug, PartialEq)]
 enum Command {
     Help,
-    Barrier { name: String, parties: Option<u32>, timeout: Option<Duration>, payload: Option<String> },
+    Barrier { name: String, parties: Parties, timeout: Option<Duration>, payload: Option<String> },
     Publish { topic: String, value: String },
     Wait { topic: String, count: u32, timeout: Option<Duration> },
     Get { topic: String },
@@ -223,7 +224,9 @@ fn understand(words: Vec<String>, options: &[(&'static str, String)]) -> Result<
     let understood = match command.as_str() {
         "barrier" => Command::Barrier {
             name: needed("the name of a barrier")?,
-            parties: words.next().map(|value| number(&value, "the number of parties")).transpose()?,
+            parties: words.next().map_or(Ok(Parties::group()), |value| {
+                value.parse().map_err(|error: PartiesError| usage(error.to_string()))
+            })?,
             timeout,
             payload: option("--payload").cloned(),
         },
@@ -522,18 +525,20 @@ mod tests {
         check(
             "barrier setup 2 --timeout 1.5 --json --payload=x",
             &expect![[
-                r#"Barrier { name: "setup", parties: Some(2), timeout: Some(1.5s), payload: Some("x") } as json"#
+                r#"Barrier { name: "setup", parties: Count(2), timeout: Some(1.5s), payload: Some("x") } as json"#
             ]],
         );
         check(
             "--json barrier all --timeout 2m",
             &expect![[
-                r#"Barrier { name: "all", parties: None, timeout: Some(120s), payload: None } as json"#
+                r#"Barrier { name: "all", parties: Group { more: 0 }, timeout: Some(120s), payload: None } as json"#
             ]],
         );
         check(
             "barrier -- --odd-name",
-            &expect![[r#"Barrier { name: "--odd-name", parties: None, timeout: None, payload: None }"#]],
+            &expect![[
+                r#"Barrier { name: "--odd-name", parties: Group { more: 0 }, timeout: None, payload: None }"#
+            ]],
         );
     }
 
@@ -548,7 +553,9 @@ mod tests {
         );
         check(
             "barrier x 0",
-            &expect!["the number of parties is 1 to 100,000, not `0`: see `millstream-sync --help`"],
+            &expect![
+                "the number of parties is 1 to 100,000, `group` or `all`, or one of these with more, such as `all+1`, not `0`: see `millstream-sync --help`"
+            ],
         );
         check(
             "barrier x --timout 3",

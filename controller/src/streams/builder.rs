@@ -198,6 +198,7 @@ impl StreamsBuilder {
         let inbox = Arc::new(Mailbox::new());
         let driver = driver::handle(&inbox, runtime.handle());
         let sync = SyncHost::new(self.world.clone(), runtime.handle());
+        sync.streams_defined(shared.lock().streams.len());
         let (ended, receiver) = watch::channel(None);
         let setup = Setup {
             world: self.world.clone(),

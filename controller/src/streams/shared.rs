@@ -236,6 +236,7 @@ impl Core {
         registry.by_name.insert(stream.name.clone(), index);
         registry.streams.push(Arc::clone(&stream));
         registry.counts.push(0);
+        self.sync.streams_defined(registry.streams.len());
         Ok(stream)
     }
 

@@ -14,6 +14,7 @@ use indexmap::IndexMap;
 use millstream_common::{
     id::{BarrierName, StreamName, TaskId},
     limits,
+    sync_client::Parties,
 };
 
 use super::{
@@ -58,6 +59,8 @@ struct Place {
 struct Slot {
     barrier: Barrier,
     timer: Option<Instant>,
+    /// What `all` means in a generation, as its first party found it.
+    all: Option<(u64, u32)>,
 }
 
 #[derive(Debug, Default)]
@@ -72,6 +75,7 @@ struct Main {
 pub struct Board {
     tasks: HashMap<TaskId, Task>,
     lines: IndexMap<StreamName, ()>,
+    streams_count: u32,
     /// The last tasks that ended, oldest first: the unexpected ones apart, so that many good ends do not hide a bad one.
     ended: VecDeque<Ended>,
     unexpected: VecDeque<Ended>,
@@ -99,6 +103,7 @@ impl Board {
             Event::TaskScheduled { task, label, joins, group_size } => {
                 self.schedule(task, &label, joins, group_size)
             }
+            Event::StreamsDefined { count } => self.streams_count = count,
             Event::TaskProgressed { task, text } => {
                 if let Some(task) = self.tasks.get_mut(&task) {
                     task.doing = Some((text, now));
@@ -485,25 +490,47 @@ impl Board {
             let what = "too many barriers".to_owned();
             return Err(Refusal::Full { what, limit: limits::BARRIERS_COUNT_MAX.to_string() });
         }
-        let slot = Slot { barrier: Barrier::new(name.clone()), timer: None };
+        let slot = Slot { barrier: Barrier::new(name.clone()), timer: None, all: None };
         Ok(self.barriers.insert_full(name.clone(), slot).0)
     }
 
-    fn parties(&self, speaker: Speaker, index: usize, asked: Option<u32>) -> Result<u32, Refusal> {
-        let waiting = self.barriers[index].barrier.meeting().map(|meeting| meeting.parties);
-        let known = match speaker {
-            Speaker::Task(task) => self.tasks.get(&task).and_then(|task| task.group_size),
-            Speaker::Main | Speaker::ByHand => waiting,
-        };
-        let problem = match speaker {
-            Speaker::Task(_) => {
-                "is missing, and the block was not run on a group: say how many parties there are"
+    /// How many parties there are for this speaker at this barrier.
+    fn parties(&mut self, speaker: Speaker, index: usize, asked: Parties) -> Result<u32, Refusal> {
+        let problem = |problem: &str| Refusal::Invalid { field: "parties", problem: problem.to_owned() };
+        let count = match asked {
+            Parties::Count(count) => count,
+            Parties::All { more } => {
+                let slot = &mut self.barriers[index];
+                let generation = slot.barrier.generation();
+                let now = self.streams_count.max(u32::try_from(self.lines.len()).unwrap_or(u32::MAX));
+                let all = match slot.all {
+                    Some((of, all)) if of == generation => all,
+                    _ => now,
+                };
+                slot.all = Some((generation, all));
+                all.saturating_add(more)
             }
-            Speaker::Main | Speaker::ByHand => {
-                "is missing, and nobody waits at this barrier who has said it: say how many parties there are"
-            }
+            Parties::Group { more } => match speaker {
+                Speaker::Task(task) => {
+                    let size = self.tasks.get(&task).and_then(|task| task.group_size);
+                    size.map(|size| size.saturating_add(more)).ok_or_else(|| {
+                        problem("is missing, and the block was not run on a group: say how many parties there are")
+                    })?
+                }
+                Speaker::Main | Speaker::ByHand => {
+                    let waiting = self.barriers[index].barrier.meeting().map(|meeting| meeting.parties);
+                    waiting.ok_or_else(|| {
+                        problem(
+                            "is missing, and nobody waits at this barrier who has said it: say how many parties there are",
+                        )
+                    })?
+                }
+            },
         };
-        asked.or(known).ok_or_else(|| Refusal::Invalid { field: "parties", problem: problem.to_owned() })
+        if count == 0 || count > limits::BARRIER_PARTIES_MAX {
+            return Err(problem("must be 1 to 100,000"));
+        }
+        Ok(count)
     }
 
     fn remember(&mut self, call: CallId, place: Place) {

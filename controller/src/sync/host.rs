@@ -20,7 +20,7 @@ use millstream_common::{
     clock::World,
     id::{BarrierName, TaskId, TopicName},
     limits,
-    sync_client::{Party, Released},
+    sync_client::{Parties, Party, Released},
 };
 use millstream_proto::v1;
 use tokio::{
@@ -160,6 +160,11 @@ impl SyncHost {
         self.tell(Event::TaskScheduled { task, label, joins, group_size });
     }
 
+    /// So many streams are defined now: what `all` means to the parties of a barrier.
+    pub fn streams_defined(&self, count: usize) {
+        self.tell(Event::StreamsDefined { count: u32::try_from(count).unwrap_or(u32::MAX) });
+    }
+
     /// A task does something else now: one line for people, such as `runs its setup`.
     pub fn task_progress(&self, task: TaskId, text: impl Into<String>) {
         self.tell(Event::TaskProgressed { task, text: text.into() });
@@ -190,7 +195,7 @@ impl SyncHost {
         self.tell(Event::MainDeclared { names });
     }
 
-    /// Main takes part in a barrier like any stream. Without `parties`, what those who wait already have said counts.
+    /// Main takes part in a barrier like any stream.
     ///
     /// # Errors
     /// When the meeting broke, or could not be entered.
@@ -200,12 +205,12 @@ impl SyncHost {
     pub async fn enter_as_main(
         &self,
         name: BarrierName,
-        parties: Option<u32>,
+        parties: impl Into<Parties>,
         timeout: Duration,
         payload: Bytes,
     ) -> Result<Released, EnterError> {
         let timeout = timeout.min(limits::WAIT_MAX);
-        let barrier = name.clone();
+        let (barrier, parties) = (name.clone(), parties.into());
         let request = Request::Enter { barrier, parties, timeout, token: None, payload, display_name: None };
         match self.ask(Speaker::Main, request, None).await {
             Some(Answer::Released { decided, arrival }) => Ok(released(&decided, arrival)),

@@ -116,7 +116,7 @@ mod tests {
         let bound = host.listen("127.0.0.1:0".parse().unwrap()).await.unwrap();
         let mut person = SyncServiceClient::connect(format!("http://{bound}")).await.unwrap();
         let name = BarrierName::new("setup").unwrap();
-        let main = host.enter_as_main(name, Some(2), Duration::from_secs(60), bytes::Bytes::new());
+        let main = host.enter_as_main(name, 2, Duration::from_secs(60), bytes::Bytes::new());
         let by_hand = async {
             let hold = v1::HoldRequest { name: "setup".into(), release: false };
             person.hold(hold.clone()).await.unwrap();

@@ -9,6 +9,7 @@ use millstream_common::{
     convert,
     id::{BarrierName, NameError, TopicName},
     limits,
+    sync_client::Parties,
 };
 use millstream_proto::v1::{self, sync_service_server::SyncService};
 use prost::Message as _;
@@ -356,10 +357,17 @@ fn patience(timeout: Option<&prost_types::Duration>) -> Result<Duration, Status>
 }
 
 fn enter_request(caller: &Caller, message: v1::EnterRequest) -> Result<board::Request, Status> {
-    let v1::EnterRequest { name, parties, timeout, party_token, payload, display_name } = message;
+    let v1::EnterRequest { name, parties, timeout, party_token, payload, display_name, all, more_parties } =
+        message;
     if parties > limits::BARRIER_PARTIES_MAX {
         return Err(invalid("parties", "must be 1 to 100,000, or zero for the size of the group"));
     }
+    let parties = match (parties, all, more_parties) {
+        (0, false, more) => Parties::Group { more },
+        (0, true, more) => Parties::All { more },
+        (count, false, 0) => Parties::Count(count),
+        _ => return Err(invalid("parties", "cannot stand together with `all` or `more_parties`")),
+    };
     if payload.len() > limits::BARRIER_PAYLOAD_BYTES_MAX {
         return Err(status(Answer::Refused(Refusal::Full {
             what: format!("the payload for barrier `{name}` has {} bytes", payload.len()),
@@ -371,7 +379,7 @@ fn enter_request(caller: &Caller, message: v1::EnterRequest) -> Result<board::Re
     }
     Ok(board::Request::Enter {
         barrier: barrier_name(&name)?,
-        parties: (parties > 0).then_some(parties),
+        parties,
         timeout: patience(timeout.as_ref())?,
         token: token("party_token", party_token)?.or_else(|| caller.implicit_token()),
         payload,

@@ -33,7 +33,8 @@ class TimedOut(Error):
 
 
 def barrier(name, parties=None, timeout=60, payload=None):
-    """Waits until `parties` have entered the barrier (None: the size of the group that the block was run on).
+    """Waits until `parties` have entered the barrier: a number, "all" streams, or None for the size of the group that the
+    block was run on; "all+1" and "group+1" are one more, such as main.
 
     Gives a dictionary: `generation` from 1, `arrival` from 0, `waited_seconds`, and `parties`, a list of dictionaries
     with `name`, `arrival` and `payload`. A large meeting lists only the parties that brought a payload.
@@ -43,7 +44,7 @@ def barrier(name, parties=None, timeout=60, payload=None):
     if payload is not None:
         arguments += ["--payload", "-"]
         content = _content(payload)
-    arguments += ["--", name] + ([] if parties is None else [str(int(parties))])
+    arguments += ["--", name] + ([] if parties is None else [str(parties)])
     released = _call(arguments, content)
     for party in released["parties"]:
         party["payload"] = _value(party, "payload")

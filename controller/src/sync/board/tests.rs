@@ -40,6 +40,9 @@ enum Step {
     Main(bool),
     Declared(String),
     Enter(String, String, Option<u32>, Option<String>),
+    /// Who enters which barrier for all streams and so many more.
+    EnterAll(String, String, u32),
+    Streams(u32),
     Abort(String, String),
     Reset(String, String),
     Hold(String, String, bool),
@@ -160,13 +163,25 @@ impl Script {
                 who,
                 Request::Enter {
                     barrier: barrier_name(barrier),
-                    parties: *parties,
+                    parties: parties.map_or(Parties::group(), Parties::Count),
                     timeout: Duration::from_secs(60),
                     token: token.as_deref().map(Into::into),
                     payload: Bytes::new(),
                     display_name: None,
                 },
             ),
+            Step::EnterAll(who, barrier, more) => self.asked(
+                who,
+                Request::Enter {
+                    barrier: barrier_name(barrier),
+                    parties: Parties::All { more: *more },
+                    timeout: Duration::from_secs(60),
+                    token: None,
+                    payload: Bytes::new(),
+                    display_name: None,
+                },
+            ),
+            Step::Streams(count) => Event::StreamsDefined { count: *count },
             Step::Abort(who, barrier) => {
                 self.asked(who, Request::Abort { barrier: barrier_name(barrier), reason: "enough".into() })
             }

@@ -8,7 +8,10 @@ use std::{
 };
 
 use bytes::Bytes;
-use millstream_common::id::{BarrierName, BlockName, StreamName, TaskId, TopicName};
+use millstream_common::{
+    id::{BarrierName, BlockName, StreamName, TaskId, TopicName},
+    sync_client::Parties,
+};
 
 use crate::sync::{
     CallId, Culprit, Refusal, Speaker,
@@ -45,8 +48,8 @@ pub enum Request {
     Enter {
         /// Which.
         barrier: BarrierName,
-        /// Parties; none: the size of the speaker's group, or for main and people what those who wait have said.
-        parties: Option<u32>,
+        /// How many parties it is for.
+        parties: Parties,
         /// Patience.
         timeout: Duration,
         /// By what the party is known again.
@@ -108,6 +111,11 @@ pub enum Event {
         joins: Option<Vec<BarrierName>>,
         /// Size of the group that its block was run on.
         group_size: Option<u32>,
+    },
+    /// There are so many streams now.
+    StreamsDefined {
+        /// How many.
+        count: u32,
     },
     /// A task does something else now.
     TaskProgressed {

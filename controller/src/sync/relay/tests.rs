@@ -119,7 +119,7 @@ impl Lab {
 }
 
 fn two() -> Entry {
-    Entry { parties: Some(2), ..Entry::default() }
+    Entry { parties: 2.into(), ..Entry::default() }
 }
 
 #[tokio::test]
@@ -258,7 +258,7 @@ async fn main_meets_blocks_and_mistakes_are_named() {
     let _wire = lab.link(false);
     let a = SyncClient::connect(a).await.unwrap();
     let name = BarrierName::new("setup").unwrap();
-    let main = lab.host.enter_as_main(name, Some(2), Duration::from_secs(60), Bytes::new());
+    let main = lab.host.enter_as_main(name, 2, Duration::from_secs(60), Bytes::new());
     let (main, block) = tokio::join!(main, a.barrier("setup", two()));
     assert_eq!(main.unwrap().generation, block.unwrap().generation);
 

@@ -144,3 +144,46 @@ fn an_implicit_token_serves_the_link_and_not_the_caller() {
         "#]],
     );
 }
+
+#[test]
+fn all_are_as_many_streams_as_there_were_for_the_first() {
+    let all = |who: &str, more| Step::EnterAll(who.into(), "x".into(), more);
+    check(
+        script(
+            tasks(&["a/1", "b/1"]),
+            &[
+                Step::Streams(2),
+                all("a/1", 1),
+                Step::Streams(3),
+                all("b/1", 1),
+                Step::Enter("main".into(), "x".into(), None, None),
+                all("a/1", 0),
+                all("b/1", 1),
+            ],
+        ),
+        &expect![[r#"
+            a/1: released from x 1 as 0
+            b/1: released from x 1 as 1
+            main: released from x 1 as 2
+            a/1: barrier `x` broke in generation 2: a/1-block came for 3 parties, b/1-block for 4 parties; a/1-block had waited 0.0 s
+            b/1: barrier `x` is broken since generation 2, until main or a person resets it: a/1-block came for 3 parties, b/1-block for 4 parties
+        "#]],
+    );
+}
+
+#[test]
+fn main_that_counts_itself_must_be_counted_by_the_group_too() {
+    let mut with_main = script(vec![], &[Step::Scheduled("a/1".into(), None, Some(2))]);
+    with_main.extend([
+        Step::Scheduled("b/1".into(), None, Some(2)),
+        enter("main", "x", 3),
+        Step::Enter("a/1".into(), "x".into(), None, None),
+    ]);
+    check(
+        with_main,
+        &expect![[r#"
+        main: barrier `x` broke in generation 1: main came for 3 parties, a/1-block for 2 parties; main had waited 0.0 s
+        a/1: barrier `x` is broken since generation 1, until main or a person resets it: main came for 3 parties, a/1-block for 2 parties
+    "#]],
+    );
+}

@@ -196,7 +196,7 @@ fn ten_thousand_parties_with_main_waiting_meet_without_searching_for_each() {
     for number in 0..10_000 {
         let request = Request::Enter {
             barrier: barrier_name("all"),
-            parties: Some(10_000),
+            parties: 10_000.into(),
             timeout: Duration::from_secs(60),
             token: Some(number.to_string().into()),
             payload: Bytes::new(),

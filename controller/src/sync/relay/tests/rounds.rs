@@ -21,7 +21,7 @@ async fn rounds_of_many_parties() {
             let mut waiting = tokio::task::JoinSet::new();
             for number in 0..parties {
                 let client = clients[number as usize % clients.len()].clone();
-                let entry = Entry { parties: Some(parties), ..Entry::default() };
+                let entry = Entry { parties: parties.into(), ..Entry::default() };
                 waiting.spawn(async move { client.barrier("round", entry).await.unwrap() });
             }
             waiting.join_all().await;
