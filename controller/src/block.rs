@@ -61,7 +61,7 @@ enum Kind {
 /// One parameter of a block.
 #[derive(Clone)]
 struct Parameter {
-    /// The value, or why it cannot be written as JSON.
+    /// The value, or why it cannot be had or written as JSON.
     value: Result<serde_json::Value, String>,
     secret: bool,
 }

@@ -13,9 +13,10 @@ use millstream_common::{
     text,
 };
 
-use crate::params::{Node, Origin, Params, Value};
+use crate::params::{HIDDEN, Node, Origin, Params, Reference, Value};
 
 mod keys;
+mod place;
 mod url;
 
 /// Path under which streams are defined unless a test names another.
@@ -42,21 +43,64 @@ pub struct Defaults {
 
 /// Where one stream runs.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Definition {
+pub(crate) struct Definition {
     /// Name of the stream.
-    pub name: StreamName,
+    pub(crate) name: StreamName,
     /// The type of the place: `local`, `tls`, `unix`, or one that was registered.
-    pub kind: String,
+    pub(crate) kind: String,
     /// What stands behind `://`, or the key `host` (`path` for `unix`); empty when nothing does.
-    pub address: String,
+    pub(crate) address: String,
     /// Everything else that the type wants to know.
-    pub options: BTreeMap<String, String>,
+    pub(crate) options: BTreeMap<String, Setting>,
     /// Whether the host is reserved for this test.
-    pub exclusive: bool,
+    pub(crate) exclusive: bool,
     /// What holds for every block that runs there.
-    pub defaults: Defaults,
+    pub(crate) defaults: Defaults,
     /// Where the definition was written.
-    pub origin: Origin,
+    pub(crate) origin: Origin,
+}
+
+/// What a type of places wants to know.
+#[derive(Clone, PartialEq, Eq)]
+pub(crate) struct Setting {
+    value: Held,
+    /// It is never shown.
+    secret: bool,
+    origin: Origin,
+}
+
+/// Where a setting is.
+#[derive(Clone, PartialEq, Eq)]
+enum Held {
+    Here(String),
+    Elsewhere(Reference),
+}
+
+impl Setting {
+    fn given(key: &str, text: &str, origin: &Origin) -> Self {
+        Self { value: Held::Here(text.to_owned()), secret: sounds_secret(key), origin: origin.clone() }
+    }
+}
+
+impl fmt::Display for Setting {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.value {
+            Held::Elsewhere(reference) => reference.fmt(f),
+            Held::Here(_) if self.secret => f.write_str(HIDDEN),
+            Held::Here(text) => f.write_str(text),
+        }
+    }
+}
+
+impl fmt::Debug for Setting {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+/// Whether what stands behind a key is secret, marked or not.
+fn sounds_secret(key: &str) -> bool {
+    ["password", "passphrase", "secret", "token"].iter().any(|word| key.contains(word))
 }
 
 impl Definition {
@@ -76,17 +120,15 @@ impl Definition {
 }
 
 impl fmt::Display for Definition {
-    /// The place as one line. What looks like a secret is left out.
+    /// The place as one line. Secrets are left out.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.kind)?;
         if !self.address.is_empty() {
             write!(f, "://{}", self.address)?;
         }
         let mut separator = '?';
-        for (key, value) in &self.options {
-            let is_secret =
-                ["password", "passphrase", "secret", "token"].iter().any(|word| key.contains(word));
-            write!(f, "{separator}{key}={}", if is_secret { "…" } else { value })?;
+        for (key, setting) in &self.options {
+            write!(f, "{separator}{key}={setting}")?;
             separator = '&';
         }
         Ok(())
@@ -215,6 +257,14 @@ pub enum DefinitionFault {
         /// The key.
         key: &'static str,
     },
+    /// The whole definition is marked as secret.
+    #[error(
+        "stream `{name}` is marked as secret, but everybody sees where a stream is: write a mapping and mark what is secret in it"
+    )]
+    Secret {
+        /// The stream.
+        name: String,
+    },
     /// A value is refused.
     #[error("`{key}` of stream `{name}` is `{}`: {expected}", given.escape_debug())]
     Value {
@@ -295,7 +345,7 @@ pub(crate) fn from_params(
             }
         }
         Value::Null => {}
-        Value::Scalar { .. } => {
+        Value::Scalar { .. } | Value::Reference(_) => {
             return Err(DefinitionFault::NotStreams { path: path.to_owned() }.at(&parent.origin));
         }
     }
@@ -352,7 +402,7 @@ pub(crate) fn from_inline(
     for item in items {
         let item = item.trim();
         let Some((name, url)) = item.split_once('=') else {
-            return Err(DefinitionFault::Inline { item: item.to_owned() }.at(origin));
+            return Err(DefinitionFault::Inline { item: url::masked(item) }.at(origin));
         };
         definitions.add(from_url(name.trim(), url.trim(), origin.clone(), kinds)?)?;
     }
@@ -403,13 +453,18 @@ fn define(name: &str, origin: &Origin, node: &Node, kinds: &Kinds) -> Result<Def
     match &node.value {
         // A name alone asks for the default: this machine.
         Value::Null => Ok(Definition::local(name, origin.clone())),
+        Value::Scalar { .. } | Value::Reference(_) if node.secret => {
+            Err(DefinitionFault::Secret { name: name.to_string() }.at(&node.origin))
+        }
         Value::Scalar { text, .. } => {
             let mut definition = url::define(name, text, &node.origin, kinds)?;
             definition.origin = origin.clone();
             Ok(definition)
         }
         Value::Map(entries) => keys::define(name, origin, entries, kinds),
-        Value::List(_) => Err(DefinitionFault::NotADefinition { name: name.to_string() }.at(&node.origin)),
+        Value::List(_) | Value::Reference(_) => {
+            Err(DefinitionFault::NotADefinition { name: name.to_string() }.at(&node.origin))
+        }
     }
 }
 

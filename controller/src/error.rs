@@ -4,7 +4,7 @@ use std::{error::Error as StdError, fmt, sync::Arc};
 
 use crate::{
     outcome::{FailureReport, Outcome},
-    params::{GetParamError, ReadParamsError},
+    params::{GetParamError, ReadParamsError, SetParamError},
     results::WriteResultsError,
     stream::StartError,
     streams::{CloseError, MeetError, OpenError, StreamError},
@@ -71,6 +71,9 @@ pub enum Error {
     /// A parameter cannot be had.
     #[error(transparent)]
     GetParam(#[from] GetParamError),
+    /// A parameter cannot be set.
+    #[error(transparent)]
+    SetParam(#[from] SetParamError),
     /// Not everything was tidied.
     #[error(transparent)]
     Close(#[from] CloseError),

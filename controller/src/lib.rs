@@ -80,7 +80,10 @@ pub use millstream_macros::block;
 pub use outcome::{
     CausedBy, Exit, Expectation, Failure, FailureReport, Outcome, OutcomeKind, Phase, Reason, Report,
 };
-pub use params::{DefineStreamsError, GetParamError, Origin, Params, ReadParamsError};
+pub use params::{
+    DefineStreamsError, GetParamError, Origin, Params, ReadParamsError, Reference, ReferenceError,
+    SetParamError,
+};
 pub use results::{Layout, WriteResultsError};
 pub use stream::{StartError, Started, Stream, StreamGroup, start_together};
 pub use streams::{CloseError, MeetError, OpenError, Parties, StreamError, Streams, StreamsBuilder};

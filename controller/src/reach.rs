@@ -4,7 +4,7 @@
 //! pipe is the same for all of them: nothing here knows sessions, tasks or blocks.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fmt,
     future::Future,
     io,
@@ -14,6 +14,8 @@ use std::{
 };
 
 use millstream_common::{pipe::BoxedPipe, text, tls};
+
+use crate::params::{HIDDEN, ReferenceError};
 
 pub mod local;
 pub mod tcp;
@@ -45,23 +47,39 @@ pub trait Reach: Send + Sync + fmt::Debug + 'static {
     }
 }
 
-/// What a stream definition says about the way to its agent.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
+/// What a stream definition says about the way to its agent. `Debug` leaves secrets out.
+#[derive(Clone, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub struct Place {
     /// The type: `local`, `tls`, `unix`, or one that was registered.
     pub kind: String,
     /// What stands behind `://`, or the key `host` (`path` for `unix`); empty when nothing does.
     pub address: String,
-    /// All other keys that the type understands.
+    /// All other keys that the type understands. What was kept in files and variables stands here in clear.
     pub options: BTreeMap<String, String>,
+    /// The keys whose values must never be shown: in no error, no description, no log.
+    pub secrets: BTreeSet<String>,
+}
+
+impl fmt::Debug for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let shown = |(key, value)| {
+            let is_secret = self.secrets.contains(key);
+            (key, if is_secret { HIDDEN } else { String::as_str(value) })
+        };
+        f.debug_struct("Place")
+            .field("kind", &self.kind)
+            .field("address", &self.address)
+            .field("options", &self.options.iter().map(shown).collect::<BTreeMap<_, _>>())
+            .finish()
+    }
 }
 
 impl Place {
     /// A place of a type at an address.
     #[must_use]
     pub fn new(kind: impl Into<String>, address: impl Into<String>) -> Self {
-        Self { kind: kind.into(), address: address.into(), options: BTreeMap::new() }
+        Self { kind: kind.into(), address: address.into(), ..Self::default() }
     }
 }
 
@@ -101,6 +119,9 @@ pub enum PlaceError {
         /// The key that was probably meant.
         nearest: Option<String>,
     },
+    /// Something that is kept elsewhere cannot be had.
+    #[error(transparent)]
+    Reference(#[from] ReferenceError),
     /// Files with certificates that cannot be used.
     #[error("{place} cannot be reached: {reason}")]
     Credentials {

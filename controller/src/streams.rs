@@ -33,7 +33,7 @@ use crate::{
     definition::{self, Kinds},
     driver::Input,
     outcome::{FailureReport, Outcome, Report},
-    params::Origin,
+    params::{Origin, Params},
     reach,
     results::WriteResultsError,
     stream::{Stream, StreamGroup},
@@ -113,6 +113,12 @@ impl Streams {
 
     fn stream(&self, shared: Arc<StreamShared>) -> Stream {
         Stream { shared, core: Arc::clone(&self.core) }
+    }
+
+    /// The parameters of the test, with what the builder set over them.
+    #[must_use]
+    pub fn params(&self) -> &Params {
+        &self.core.params
     }
 
     /// The stream of a name or at an index. One that nobody defined is defined now, on this machine, and so are those

@@ -11,6 +11,7 @@ use millstream_common::{
 use serde::Serialize;
 
 use super::{Block, Command, FileRequest, Parameter};
+use crate::params::Params;
 
 impl Block {
     /// Gives the block a parameter: in the JSON file named by `MILLSTREAM_PARAMS`, and in the variable
@@ -28,8 +29,25 @@ impl Block {
         self
     }
 
+    /// Gives the block every parameter of the nodes of a tree that `path` means: each with the value that
+    /// [`Params::get`] gives for its key and this path, now. What is secret is given as by [`Block::secret_param`]. A
+    /// parameter that the block has already is replaced.
+    pub fn params(mut self, params: &Params, path: &str) -> Self {
+        let all = params.all_at(path);
+        if all.is_empty() {
+            let value = Err("this path of the tree has no parameters".to_owned());
+            self.parameters.insert(path.to_owned(), Parameter { value, secret: false });
+        }
+        for (name, secret, value) in all {
+            let value = value.map_err(|error| error.to_string());
+            self.parameters.insert(name, Parameter { value, secret });
+        }
+        self
+    }
+
     fn insert_parameter(&mut self, name: String, value: &impl Serialize, secret: bool) {
-        let value = serde_json::to_value(value).map_err(|error| error.to_string());
+        let value =
+            serde_json::to_value(value).map_err(|error| format!("it cannot be written as JSON: {error}"));
         self.parameters.insert(name, Parameter { value, secret });
     }
 

@@ -122,8 +122,8 @@ pub enum BlockError {
         /// How many.
         count: usize,
     },
-    /// A parameter cannot be written as JSON.
-    #[error("parameter `{name}` cannot be written as JSON: {reason}")]
+    /// A parameter has no value, or none that can be written as JSON.
+    #[error("parameter `{name}` cannot be given to the block: {reason}")]
     Parameter {
         /// The parameter.
         name: String,

@@ -10,8 +10,11 @@ use millstream_common::{
     text,
 };
 
-use super::{Defaults, DefineStreamError, Definition, DefinitionFault, Kinds, listed, unknown_type};
-use crate::params::{Entry, Node, Origin, Value};
+use super::{
+    Defaults, DefineStreamError, Definition, DefinitionFault, Held, Kinds, Setting, listed, sounds_secret,
+    unknown_type,
+};
+use crate::params::{Entry, HIDDEN, Node, Origin, Value};
 
 /// A type that is always there.
 #[derive(Debug)]
@@ -77,7 +80,7 @@ pub(super) fn define(
                 }
                 .at(&entry.key));
             }
-            definition.options.insert(meant.to_owned(), reader.text(key, &entry.node)?);
+            definition.options.insert(meant.to_owned(), reader.setting(key, &entry.node)?);
         } else if COMMON.contains(&key.as_str()) {
             reader.common(&mut definition, key, &entry.node)?;
         } else {
@@ -103,14 +106,29 @@ pub(super) fn check_address(definition: &Definition) -> Result<(), &'static str>
     }
 }
 
+/// The key that holds the address, when the type has one.
+pub(super) fn address_key(kind: &str) -> Option<&'static str> {
+    BUILT_IN.iter().find(|built_in| built_in.name == kind).map_or(Some("host"), |built_in| built_in.address)
+}
+
 /// Moves the key that holds the address to its place.
 fn take_address(definition: &mut Definition, origin: &Origin) -> Result<(), DefineStreamError> {
     let built_in = BUILT_IN.iter().find(|kind| kind.name == definition.kind);
-    let key = built_in.map_or(Some("host"), |kind| kind.address);
-    let Some(key) = key else { return Ok(()) };
-    match definition.options.remove(key) {
-        Some(address) => {
-            definition.address = address;
+    let Some(key) = address_key(&definition.kind) else { return Ok(()) };
+    match definition.options.get(key) {
+        Some(setting) if setting.secret => {
+            let expected =
+                "everybody sees where a stream is: write it without a tag, or as `!env-shown NAME`";
+            let (name, given) = (definition.name.to_string(), setting.to_string());
+            let (key, expected) = (key.to_owned(), expected.to_owned());
+            let origin = setting.origin.clone();
+            return Err(DefinitionFault::Value { name, key, given, expected }.at(&origin));
+        }
+        // Looked up when the stream is first used, and judged then.
+        Some(Setting { value: Held::Elsewhere(_), .. }) => {}
+        Some(Setting { value: Held::Here(address), .. }) => {
+            definition.address = address.clone();
+            definition.options.remove(key);
             check_address(definition).map_err(|expected| {
                 let (name, given) = (definition.name.to_string(), definition.address.clone());
                 DefinitionFault::Value { name, key: key.to_owned(), given, expected: expected.to_owned() }
@@ -139,6 +157,9 @@ pub(super) fn unknown_key(
         known: listed(known()),
     }
 }
+
+/// What holds for every block is told to hosts and results.
+const UNTAGGED: &str = "whoever looks at the host can see it: write it without a tag, or give it to blocks as a secret parameter";
 
 /// Reads values of one stream.
 pub(super) struct Reader<'a> {
@@ -171,6 +192,8 @@ impl Reader<'_> {
 
     fn refused(&self, key: &str, node: &Node, expected: impl Into<String>) -> DefineStreamError {
         let given = match &node.value {
+            Value::Reference(reference) => reference.to_string(),
+            _ if node.secret => HIDDEN.to_owned(),
             Value::Scalar { text, .. } => text.chars().take(64).collect(),
             Value::Null => String::new(),
             Value::List(_) => "[…]".to_owned(),
@@ -180,8 +203,20 @@ impl Reader<'_> {
         DefinitionFault::Value { name, key, given, expected: expected.into() }.at(&node.origin)
     }
 
+    /// What the type itself wants to know: it alone may be secret, or kept elsewhere.
+    fn setting(&self, key: &str, node: &Node) -> Result<Setting, DefineStreamError> {
+        let value = match &node.value {
+            Value::Scalar { text, .. } => Held::Here(text.clone()),
+            Value::Reference(reference) => Held::Elsewhere(reference.clone()),
+            _ => return Err(self.refused(key, node, "write a text")),
+        };
+        Ok(Setting { value, secret: node.secret || sounds_secret(key), origin: node.origin.clone() })
+    }
+
     fn text(&self, key: &str, node: &Node) -> Result<String, DefineStreamError> {
         match &node.value {
+            Value::Reference(_) => Err(self.refused(key, node, UNTAGGED)),
+            Value::Scalar { .. } if node.secret => Err(self.refused(key, node, UNTAGGED)),
             Value::Scalar { text, .. } => Ok(text.clone()),
             _ => Err(self.refused(key, node, "write a text")),
         }
@@ -200,8 +235,10 @@ impl Reader<'_> {
 
     fn words(&self, key: &str, node: &Node) -> Result<Vec<String>, DefineStreamError> {
         match &node.value {
+            Value::Scalar { .. } if node.secret => Err(self.refused(key, node, UNTAGGED)),
             Value::Scalar { text, .. } => Ok(text.split_whitespace().map(str::to_owned).collect()),
             Value::List(nodes) => nodes.iter().map(|node| self.text(key, node)).collect(),
+            Value::Reference(_) => Err(self.refused(key, node, UNTAGGED)),
             Value::Null | Value::Map(_) => {
                 Err(self.refused(key, node, "write a command, or a list of its words"))
             }

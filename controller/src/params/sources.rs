@@ -58,7 +58,7 @@ impl Sources {
         }
     }
 
-    /// Every definition, in the order of the sources.
+    /// Every definition, in the order of the sources; of the paths, those in front have the first word.
     ///
     /// # Errors
     /// When a source cannot be read, or a definition in it is not valid.
@@ -66,7 +66,7 @@ impl Sources {
         &self,
         code: Vec<Definition>,
         params: &Params,
-        path: &str,
+        paths: &[String],
         kinds: &Kinds,
     ) -> Result<Vec<Definition>, DefineStreamsError> {
         let mut all = Definitions::default();
@@ -79,7 +79,9 @@ impl Sources {
             });
         }
         all.add_missing(code);
-        all.add_missing(definition::from_params(params, path, kinds)?);
+        for path in paths {
+            all.add_missing(definition::from_params(params, path, kinds)?);
+        }
         for file in self.files.iter().filter(|file| file.exists()) {
             all.add_missing(definition::from_params(&Params::load(file)?, DEFAULT_PATH, kinds)?);
         }
@@ -104,7 +106,7 @@ mod tests {
         let kinds = Kinds::default();
         let code = definition::from_url("code", "tls://code", Origin::named("test"), &kinds).unwrap();
         let params: Params = "streams: {code: local, own: local}".parse().unwrap();
-        let shown = match sources.definitions(vec![code], &params, DEFAULT_PATH, &kinds) {
+        let shown = match sources.definitions(vec![code], &params, &[DEFAULT_PATH.to_owned()], &kinds) {
             Ok(all) => all.iter().map(|one| format!("{} {one}", one.name)).collect(),
             Err(error) => vec![error.to_string().replace(path.to_str().unwrap(), "FILE")],
         };

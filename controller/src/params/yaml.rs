@@ -1,15 +1,19 @@
 //! Reads parameter trees from YAML files and texts, and says what is wrong with one by file, line and column.
 
 use std::{
+    collections::BTreeSet,
     fs, io,
     path::{Path, PathBuf},
     str::FromStr,
     sync::Arc,
 };
 
-use millstream_common::yaml::{self, Located, Mark, YamlError};
+use millstream_common::{
+    text::{nearest, printable},
+    yaml::{self, Located, Mark, YamlError},
+};
 
-use super::{Entry, Node, Origin, Params, Value};
+use super::{Entry, Node, Origin, Params, Reference, Value};
 
 /// Bytes of one file of parameters.
 const FILE_BYTES_MAX: u64 = 16 * 1024 * 1024;
@@ -53,6 +57,24 @@ pub enum ReadParamsError {
         /// Its second place.
         second: Origin,
     },
+    /// A tag that nobody knows.
+    #[error("{origin}: the tag `{tag}` is unknown: {}", match near { Some(near) => format!("did you mean `{near}`?"), None => format!("there are {}", TAGS.join(", ")) })]
+    UnknownTag {
+        /// Where.
+        origin: Origin,
+        /// The tag.
+        tag: String,
+        /// The nearest there is.
+        near: Option<String>,
+    },
+    /// A tag that says where a value is kept stands before something that says no such thing.
+    #[error("{origin}: behind `{tag}` stands {}", if tag.starts_with("!env") { "the name of a variable, as in `!env LAB_PASSWORD`" } else { "the path of a file, as in `!file ~/.lab-password`" })]
+    NoReference {
+        /// Where.
+        origin: Origin,
+        /// The tag.
+        tag: &'static str,
+    },
 }
 
 impl Params {
@@ -68,7 +90,16 @@ impl Params {
             return Err(ReadParamsError::TooLarge { path: path.to_owned(), length });
         }
         let text = fs::read_to_string(path).map_err(failed)?;
-        parse(&path.display().to_string(), &text)
+        Reader { source: path.display().to_string().into(), beside: path.parent(), secrets: BTreeSet::new() }
+            .read(&text)
+    }
+
+    /// Reads several YAML files and puts each over those before it, as [`Params::merge`] does.
+    ///
+    /// # Errors
+    /// When one of them cannot be read, or is not valid.
+    pub fn load_all<P: AsRef<Path>>(paths: impl IntoIterator<Item = P>) -> Result<Self, ReadParamsError> {
+        paths.into_iter().try_fold(Self::empty(), |params, path| Ok(params.merge(Self::load(path)?)))
     }
 }
 
@@ -82,29 +113,101 @@ impl FromStr for Params {
 
 /// Reads YAML text; `source` is what it is called in errors.
 pub(crate) fn parse(source: &str, text: &str) -> Result<Params, ReadParamsError> {
-    let source: Arc<str> = source.into();
-    let at = |mark: Mark| Origin::at(&source, mark.line, mark.column);
-    match yaml::parse(text) {
-        Ok(root) => Ok(Params::of(node(&source, root))),
-        Err(YamlError::Syntax { mark, reason }) => Err(ReadParamsError::Yaml { origin: at(mark), reason }),
-        Err(YamlError::Twice { key, first, second }) => {
-            Err(ReadParamsError::Duplicate { key, first: at(first), second: at(second) })
-        }
+    Reader { source: source.into(), beside: None, secrets: BTreeSet::new() }.read(text)
+}
+
+/// What stands in front of values.
+const TAGS: [&str; 5] = ["!secret", "!env", "!file", "!env-shown", "!file-shown"];
+
+/// Reads one text.
+struct Reader<'a> {
+    source: Arc<str>,
+    /// The directory that files are relative to.
+    beside: Option<&'a Path>,
+    /// Line and column of everything that is marked as secret, or stands in something that is: an alias of it, which has
+    /// its place, is as secret.
+    secrets: BTreeSet<(u64, u64)>,
+}
+
+fn conceal(located: &Located, inherited: bool, secrets: &mut BTreeSet<(u64, u64)>) {
+    let secret = inherited || located.tag.as_deref() == Some("!secret");
+    if secret {
+        secrets.insert((located.mark.line, located.mark.column));
+    }
+    match &located.value {
+        yaml::Value::Null | yaml::Value::Scalar { .. } => {}
+        yaml::Value::List(nodes) => nodes.iter().for_each(|inner| conceal(inner, secret, secrets)),
+        yaml::Value::Map(entries) => entries.values().for_each(|(_, inner)| conceal(inner, secret, secrets)),
     }
 }
 
-fn node(source: &Arc<str>, located: Located) -> Node {
-    let at = |mark: Mark| Origin::at(source, mark.line, mark.column);
-    let value = match located.value {
-        yaml::Value::Null => Value::Null,
-        yaml::Value::Scalar { text, json } => Value::Scalar { text, json },
-        yaml::Value::List(nodes) => Value::List(nodes.into_iter().map(|inner| node(source, inner)).collect()),
-        yaml::Value::Map(entries) => {
-            let entry = |(key, (mark, inner))| (key, Entry { key: at(mark), node: node(source, inner) });
-            Value::Map(entries.into_iter().map(entry).collect())
+impl Reader<'_> {
+    fn at(&self, mark: Mark) -> Origin {
+        Origin::at(&self.source, mark.line, mark.column)
+    }
+
+    fn read(mut self, text: &str) -> Result<Params, ReadParamsError> {
+        match yaml::parse(text) {
+            Ok(root) => {
+                conceal(&root, false, &mut self.secrets);
+                Ok(Params::of(self.node(root, false)?))
+            }
+            Err(YamlError::Syntax { mark, reason }) => {
+                Err(ReadParamsError::Yaml { origin: self.at(mark), reason })
+            }
+            Err(YamlError::Twice { key, first, second }) => {
+                Err(ReadParamsError::Duplicate { key, first: self.at(first), second: self.at(second) })
+            }
         }
-    };
-    Node { value, origin: at(located.mark) }
+    }
+
+    fn node(&self, located: Located, mut secret: bool) -> Result<Node, ReadParamsError> {
+        let origin = self.at(located.mark);
+        secret |= self.secrets.contains(&(located.mark.line, located.mark.column));
+        match located.tag.as_deref() {
+            None => {}
+            Some("!secret") => secret = true,
+            Some(tag) => return self.reference(tag, &located.value, origin, secret),
+        }
+        let value = match located.value {
+            yaml::Value::Null => Value::Null,
+            yaml::Value::Scalar { text, json } => Value::Scalar { text, json },
+            yaml::Value::List(nodes) => Value::List(
+                nodes.into_iter().map(|inner| self.node(inner, secret)).collect::<Result<_, _>>()?,
+            ),
+            yaml::Value::Map(entries) => {
+                let entry = |(key, (mark, inner))| {
+                    Ok((key, Entry { key: self.at(mark), node: self.node(inner, secret)? }))
+                };
+                Value::Map(entries.into_iter().map(entry).collect::<Result<_, _>>()?)
+            }
+        };
+        Ok(Node { value, origin, secret })
+    }
+
+    fn reference(
+        &self,
+        tag: &str,
+        value: &yaml::Value,
+        origin: Origin,
+        secret: bool,
+    ) -> Result<Node, ReadParamsError> {
+        let Some(tag) = TAGS.into_iter().find(|known| *known == tag) else {
+            let near = nearest(tag, TAGS).map(str::to_owned);
+            return Err(ReadParamsError::UnknownTag { origin, tag: printable(tag.as_bytes(), 64), near });
+        };
+        let text = match value {
+            yaml::Value::Scalar { text, .. } if !text.is_empty() => text,
+            _ => return Err(ReadParamsError::NoReference { origin, tag }),
+        };
+        let reference = if tag.starts_with("!env") {
+            Reference::Environment(text.clone())
+        } else {
+            Reference::file(text, self.beside)
+        };
+        let secret = secret || !tag.ends_with("-shown");
+        Ok(Node { value: Value::Reference(reference), origin, secret })
+    }
 }
 
 #[cfg(test)]

@@ -8,6 +8,7 @@ use std::{
 };
 
 use millstream_common::{clock::World, id::TestName, limits, text::spoken};
+use serde::Serialize;
 use tokio::sync::watch;
 
 use super::{
@@ -22,7 +23,7 @@ use crate::{
         scribe::{OnLog, Scribe},
     },
     link::LinkOptions,
-    params::{Origin, Params, sources::Sources},
+    params::{Origin, Params, SetParamError, sources::Sources},
     reach::{self, local::Local},
     results::{Layout, writer::ResultsWriter},
     sync::host::SyncHost,
@@ -40,7 +41,10 @@ const WORKERS_COUNT: usize = 2;
 pub struct StreamsBuilder {
     name: String,
     params: Params,
-    path: String,
+    /// Set over the parameters when the streams are opened.
+    overrides: Vec<Override>,
+    /// Where the parameters define streams; the default path when none is named.
+    paths: Vec<String>,
     urls: Vec<(String, String)>,
     results: Option<PathBuf>,
     layout: Layout,
@@ -50,6 +54,22 @@ pub struct StreamsBuilder {
     on_log: Vec<OnLog>,
     environment: bool,
     world: World,
+}
+
+/// One parameter that is set for this test.
+struct Override {
+    key: String,
+    path: String,
+    value: Result<serde_json::Value, serde_json::Error>,
+    secret: bool,
+    origin: Origin,
+}
+
+impl Override {
+    #[track_caller]
+    fn new(key: String, path: String, value: &impl Serialize, secret: bool) -> Self {
+        Self { key, path, value: serde_json::to_value(value), secret, origin: Origin::of_caller() }
+    }
 }
 
 impl fmt::Debug for StreamsBuilder {
@@ -63,7 +83,8 @@ impl StreamsBuilder {
         Self {
             name,
             params: Params::empty(),
-            path: DEFAULT_PATH.to_owned(),
+            overrides: Vec::new(),
+            paths: Vec::new(),
             urls: Vec::new(),
             results: None,
             layout: Layout::default(),
@@ -76,15 +97,41 @@ impl StreamsBuilder {
         }
     }
 
-    /// Parameters: they define streams at `/streams/*`.
-    pub fn params(self, params: Params) -> Self {
-        self.params_at(params, DEFAULT_PATH)
+    /// Parameters of the test: [`Streams::params`] gives them, and they define streams at `/streams/*`. Called again, it
+    /// puts the later ones over the earlier, as [`Params::merge`] does.
+    pub fn params(mut self, params: Params) -> Self {
+        self.params = self.params.merge(params);
+        self
     }
 
     /// Parameters that define streams at another path, such as `/second/streams/*`.
-    pub fn params_at(mut self, params: Params, path: impl Into<String>) -> Self {
-        self.params = params;
-        self.path = path.into();
+    pub fn params_at(self, params: Params, path: impl Into<String>) -> Self {
+        self.params(params).streams_at(path)
+    }
+
+    /// A path at which the parameters define streams, such as `*/test1/streams/*`, instead of `/streams/*`. Called again,
+    /// it names another place, which only adds names that those before it leave open.
+    pub fn streams_at(mut self, path: impl Into<String>) -> Self {
+        self.paths.push(path.into());
+        self
+    }
+
+    /// Sets one parameter for this test, over all files, as [`Params::set`] does.
+    #[track_caller]
+    pub fn param(mut self, key: impl Into<String>, path: impl Into<String>, value: impl Serialize) -> Self {
+        self.overrides.push(Override::new(key.into(), path.into(), &value, false));
+        self
+    }
+
+    /// Sets one parameter for this test that is never shown, as [`Params::set_secret`] does.
+    #[track_caller]
+    pub fn secret_param(
+        mut self,
+        key: impl Into<String>,
+        path: impl Into<String>,
+        value: impl Serialize,
+    ) -> Self {
+        self.overrides.push(Override::new(key.into(), path.into(), &value, true));
         self
     }
 
@@ -138,6 +185,14 @@ impl StreamsBuilder {
         self
     }
 
+    /// The parameters with everything that is set over them.
+    fn overridden(&mut self) -> Result<(), SetParamError> {
+        for one in std::mem::take(&mut self.overrides) {
+            self.params.put(&one.key, &one.path, one.value, one.secret, &one.origin)?;
+        }
+        Ok(())
+    }
+
     fn definitions(&self) -> Result<Vec<Definition>, OpenError> {
         let kinds = Kinds { registered: reach::registered() };
         let mut code = Definitions::default();
@@ -145,14 +200,16 @@ impl StreamsBuilder {
             code.add(definition::from_url(name, url, Origin::named("the test"), &kinds)?)?;
         }
         let sources = if self.environment { Sources::of_this_process() } else { Sources::default() };
-        Ok(sources.definitions(code.in_order(), &self.params, &self.path, &kinds)?)
+        let usual = [DEFAULT_PATH.to_owned()];
+        let paths = if self.paths.is_empty() { &usual[..] } else { &self.paths[..] };
+        Ok(sources.definitions(code.in_order(), &self.params, paths, &kinds)?)
     }
 
     /// Opens the streams. Connects nothing: a host is reached when a stream on it is first used.
     ///
     /// # Errors
-    /// When a definition or a name is not valid, or the results have no place.
-    pub fn open(self) -> Result<Streams, OpenError> {
+    /// When a definition, a parameter or a name is not valid, or the results have no place.
+    pub fn open(mut self) -> Result<Streams, OpenError> {
         let test = TestName::new(&self.name).map_err(OpenError::Name)?;
         let spans = [
             ("a deadline", self.deadline, Duration::from_millis(1), limits::WAIT_MAX),
@@ -168,6 +225,7 @@ impl StreamsBuilder {
                 });
             }
         }
+        self.overridden()?;
         let definitions = self.definitions()?;
         let reaches = reach::Surroundings { local: Arc::new(Local::new()) };
         let mut registry = Registry::default();
@@ -228,6 +286,7 @@ impl StreamsBuilder {
             .map_err(OpenError::Driver)?;
         let core = Arc::new(Core {
             shared,
+            params: self.params,
             driver,
             sync,
             world: self.world,

@@ -7,7 +7,7 @@ use millstream_common::{
 
 use crate::{
     definition::DefineStreamError,
-    params::DefineStreamsError,
+    params::{DefineStreamsError, SetParamError},
     reach::PlaceError,
     results::WriteResultsError,
     sync::host::{AwaitError, EnterError, PublishError},
@@ -87,6 +87,9 @@ pub enum OpenError {
     /// Definitions cannot be read, or one of them is not valid.
     #[error(transparent)]
     Definitions(#[from] DefineStreamsError),
+    /// A parameter of the builder cannot be set.
+    #[error(transparent)]
+    Param(#[from] SetParamError),
     /// There is no place for results.
     #[error(transparent)]
     Results(#[from] WriteResultsError),

@@ -2,6 +2,7 @@
 
 use std::{
     collections::BTreeMap,
+    fmt,
     path::PathBuf,
     sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
     time::Duration,
@@ -22,14 +23,13 @@ use crate::{
     definition::{Defaults, Definition},
     driver::{Handle, Schedule},
     outcome::{Outcome, Report},
-    params::Origin,
-    reach::{self, Place, Reach},
+    params::{Origin, Params},
+    reach::{self, PlaceError, Reach},
     results::writer::ResultsWriter,
     sync::host::{SpeakerLabel, SyncHost},
     task::{Stage, Task, TaskLog, TaskShared},
 };
 /// What the driver and the handles know of a stream.
-#[derive(Debug)]
 pub(crate) struct StreamShared {
     pub(crate) name: StreamName,
     pub(crate) index: usize,
@@ -41,6 +41,16 @@ pub(crate) struct StreamShared {
     pub(crate) is_local: bool,
     /// Whether the host is to be reserved.
     pub(crate) exclusive: bool,
+}
+
+impl fmt::Debug for StreamShared {
+    /// Without the reach: its author may not have thought of secrets.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("StreamShared")
+            .field("name", &self.name)
+            .field("definition", &self.definition)
+            .finish_non_exhaustive()
+    }
 }
 
 /// What the driver and the handles of a test share.
@@ -148,6 +158,7 @@ fn never_run(task: &TaskShared, reason: Reason, detail: &str) -> Outcome {
 #[derive(Debug)]
 pub(crate) struct Core {
     pub(super) shared: Arc<TestShared>,
+    pub(super) params: Params,
     pub(super) driver: Handle,
     pub(super) sync: SyncHost,
     pub(super) world: World,
@@ -295,14 +306,15 @@ pub(super) fn stream_of(
     reaches: &reach::Surroundings,
 ) -> Result<StreamShared, StreamError> {
     let line = definition.to_string();
-    let Definition { name, kind, address, options, exclusive, defaults, origin } = definition;
-    let place = Place { kind, address, options };
-    let reach = reach::resolve(&place, reaches).map_err(|reason| StreamError::Place {
+    let place = definition.place();
+    let reach = place.map_err(PlaceError::Reference).and_then(|place| reach::resolve(&place, reaches));
+    let Definition { name, kind, exclusive, defaults, origin, .. } = definition;
+    let reach = reach.map_err(|reason| StreamError::Place {
         name: name.clone(),
         origin: origin.to_string(),
         reason,
     })?;
     let host = reach.host();
-    let is_local = place.kind == "local";
+    let is_local = kind == "local";
     Ok(StreamShared { name, index, host, definition: line, defaults, is_local, exclusive, reach })
 }

@@ -231,7 +231,7 @@ fn a_bad_block_is_told_what_is_wrong() {
     check(&exec(["true"]).joins(["ok", ""]), expect!["the block cannot join a barrier: the barrier name is empty: give it at least one character"]);
     check(&exec(["true"]).env("A=B", ""), expect!["the environment variable `A=B` is refused: a name is not empty, has at most 255 bytes and neither `=` nor NUL"]);
     check(&exec(["true"]).env("A", "\0"), expect!["the value of the environment variable `A` is refused: it has 1 bytes (at most 131072) or holds a NUL"]);
-    check(&exec(["true"]).param("map", BTreeMap::from([((1, 2), 3)])), expect!["parameter `map` cannot be written as JSON: key must be a string"]);
+    check(&exec(["true"]).param("map", BTreeMap::from([((1, 2), 3)])), expect!["parameter `map` cannot be given to the block: it cannot be written as JSON: key must be a string"]);
     check(&exec(["true"]).param("a-b", 1).param("a_b", 1), expect!["parameters `a-b` and `a_b` would both be the variable `MILLSTREAM_PARAM_A_B`: rename one"]);
     check(&exec(["true"]).secret_param("key", "x".repeat(70_000)), expect!["the parameters have 70010 bytes: with a secret among them, at most 65536 are allowed"]);
     check(&exec(["true"]).timeout(Duration::from_secs(8 * 86_400)), expect!["the timeout of the block is 192 h 0 min: at most 168 h 0 min is allowed"]);
