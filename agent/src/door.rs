@@ -439,14 +439,30 @@ impl Shared {
             }
             None => {
                 let reason = if rebooted { Reason::HostRebooted } else { Reason::SupervisorDied };
-                warn!(session = %session_id, owner = %kept.owner, %reason, "session found without a supervisor");
-                directory.kill_everything().await;
+                let ended = directory.ended();
+                if ended.is_some() {
+                    info!(session = %session_id, owner = %kept.owner, "results of an ended session found");
+                } else {
+                    warn!(session = %session_id, owner = %kept.owner, %reason, "session found without a supervisor");
+                    directory.kill_everything().await;
+                }
                 let orphaned =
                     tokio::task::spawn_blocking(move || Supervised::orphaned(session_id, directory, reason));
                 let Ok(supervised) = orphaned.await else { return };
                 self.tell(Event::Found(found(Duration::ZERO)));
                 self.fill(session_id, supervised);
-                self.take_notice(session_id, Notice::Died);
+                match ended {
+                    None => self.take_notice(session_id, Notice::Died),
+                    Some(ended) if ended.lost => {
+                        self.tell(Event::SupervisorDied { session_id });
+                        self.remove_at(session_id, ended.results_end());
+                    }
+                    Some(ended) => {
+                        self.tell(Event::LeaseExpired { session_id });
+                        self.tell(Event::Settled { session_id });
+                        self.remove_at(session_id, ended.results_end());
+                    }
+                }
             }
         }
     }
@@ -490,34 +506,31 @@ impl Shared {
             }
             Notice::Settled => {
                 self.tell(Event::Settled { session_id });
-                self.release_blobs(session_id);
-                self.remove_later(session_id);
+                self.remove_at(session_id, self.world.clock.since_boot() + limits::EXPIRED_RESULTS_KEPT);
             }
             Notice::Died => {
                 self.last_errors
                     .add(&*self.world.clock, &format!("the supervisor of session {session_id} is gone"));
                 self.tell(Event::SupervisorDied { session_id });
-                self.release_blobs(session_id);
-                self.remove_later(session_id);
+                let now = self.world.clock.since_boot();
+                self.directory(session_id).record_loss(now);
+                self.remove_at(session_id, now + limits::EXPIRED_RESULTS_KEPT);
             }
             Notice::Gone => {}
         }
     }
 
-    /// Nothing of a session will run any more: what was shipped for it is not held.
-    fn release_blobs(&self, session_id: SessionId) {
+    /// Nothing of a session will run any more: what was shipped for it is not held. Its results are kept until a moment since
+    /// the start of the host, for a controller that was away.
+    fn remove_at(self: &Arc<Self>, session_id: SessionId, end: Duration) {
         let (directory, store) = (self.directory(session_id), self.store.clone());
         self.tracker.spawn_blocking(move || {
             directory.release_blobs();
             store.session_ended();
         });
-    }
-
-    /// Results of a session that is over are kept for a while, for a controller that was away.
-    fn remove_later(self: &Arc<Self>, session_id: SessionId) {
         let shared = Arc::clone(self);
         self.tracker.spawn(async move {
-            tokio::time::sleep(limits::EXPIRED_RESULTS_KEPT).await;
+            tokio::time::sleep(end.saturating_sub(shared.world.clock.since_boot())).await;
             let survivors = shared.close(session_id).await;
             info!(session = %session_id, survivors = survivors.len(), "results of an ended session removed");
         });

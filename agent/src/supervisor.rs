@@ -8,6 +8,7 @@ pub(crate) mod account;
 pub(crate) mod attendant;
 pub mod blobs;
 pub mod cgroup;
+pub(crate) mod ended;
 pub mod process;
 pub mod queue;
 pub mod relay;
@@ -134,8 +135,8 @@ fn failed(attempt: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Super
     move |source| SupervisorError::File { attempt, path: path.to_owned(), source }
 }
 
-/// Runs a session until it is closed, or until its results have aged after its lease is over. Doors come by the channel;
-/// a new one replaces the one before it.
+/// Runs a session until it is closed, or until its lease is over and all its tasks have ended: their results stay for the
+/// door to keep. Doors come by the channel; a new one replaces the one before it.
 ///
 /// # Errors
 /// When the session's directory or control group cannot be used.
@@ -385,7 +386,12 @@ fn serve(directory: &Path) -> Result<(), SupervisorError> {
         drop(tokio::spawn(accept(listener, doors)));
         say(READY);
         close_stdout();
-        run(config, World::system(), came).await
+        let served = run(config, World::system(), came).await;
+        // Results may be kept for a while; nobody answers here any more.
+        if let Err(error) = fs::remove_file(&socket) {
+            warn!(%error, "the socket of the session is left behind");
+        }
+        served
     });
     // What still copies or packs belongs to a session that is over.
     runtime.shutdown_background();

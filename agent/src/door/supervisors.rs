@@ -64,7 +64,7 @@ pub(crate) enum Notice {
     Settled,
     /// The supervisor is gone without having been told to; its tasks have been ended and recorded.
     Died,
-    /// The supervisor is gone because the session was closed.
+    /// The supervisor is gone because the session was closed or its lease is over.
     Gone,
 }
 
@@ -174,8 +174,8 @@ impl Supervised {
         Ok((supervised, lease_left))
     }
 
-    /// A session without a supervisor, of which only the records on disk are left: it died with the host or while no agent
-    /// was there.
+    /// A session without a supervisor, of which only the records on disk are left: its lease is over, or it died with the host
+    /// or while no agent was there.
     pub(crate) fn orphaned(session_id: SessionId, directory: SessionDirectory, reason: Reason) -> Arc<Self> {
         let (outgoing, _) = mpsc::channel(1);
         let supervised = Arc::new(Self {
@@ -191,7 +191,7 @@ impl Supervised {
         for task in supervised.directory.recover_tasks(reason) {
             supervised.mirror().update(task);
         }
-        supervised.mirror().lost_supervisor();
+        supervised.mirror().supervisor_gone();
         supervised
     }
 
@@ -565,18 +565,19 @@ impl Driver {
         }
     }
 
-    /// The supervisor is gone. When nobody told it to go, its tasks are ended and what cannot be known is recorded as lost.
+    /// The supervisor is gone. When neither a door nor the lease made it go, its tasks are ended and what cannot be known is
+    /// recorded as lost.
     async fn finish(mut self) {
         let supervised = Arc::clone(&self.supervised);
-        let told = {
-            let mirror = supervised.mirror();
-            // One whose lease is over ends by itself when its results have aged.
-            mirror.is_closing() || (mirror.is_lease_expired() && mirror.all_finished())
-        };
-        if !told {
+        let directory = supervised.directory.clone();
+        let is_closing = supervised.mirror().is_closing();
+        let ended = is_closing || directory.ended().is_some();
+        if !ended {
             error!(session = %supervised.session_id, "a supervisor died: its tasks are ended");
-            let directory = supervised.directory.clone();
             directory.kill_everything().await;
+        }
+        if !is_closing {
+            // It may have ended before it could tell everything.
             let recovering =
                 tokio::task::spawn_blocking(move || directory.recover_tasks(Reason::SupervisorDied));
             let recovered = recovering.await.unwrap_or_default();
@@ -584,13 +585,16 @@ impl Driver {
             for task in recovered {
                 mirror.update(task);
             }
-            mirror.lost_supervisor();
         }
+        supervised.mirror().supervisor_gone();
         supervised.announce();
         supervised.gone.send_replace(true);
         self.waiting.close();
         while self.waiting.try_recv().is_ok() {}
         self.pending.clear();
-        self.notify(if told { Notice::Gone } else { Notice::Died }).await;
+        if ended && !is_closing {
+            self.tell_lease().await;
+        }
+        self.notify(if ended { Notice::Gone } else { Notice::Died }).await;
     }
 }

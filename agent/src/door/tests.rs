@@ -1,10 +1,10 @@
 //! The whole agent behind one pipe: door, supervisor inside, real processes.
 
-use std::{collections::BTreeMap, path::Path, time::Duration};
+use std::{collections::BTreeMap, path::Path, sync::Arc, time::Duration};
 
 use millstream_common::{
-    clock::{Ids as _, SystemIds, World},
-    convert,
+    clock::{Clock, Ids as _, SystemClock, SystemIds, World},
+    convert, limits,
     pipe::{BoxedPipe, endpoint_channel},
     spec::BlobDigest,
     tls::{Identity, Role},
@@ -46,7 +46,11 @@ fn config(state: &Path, inside: bool) -> DoorConfig {
 
 impl Agent {
     async fn start(state: &Path, inside: bool) -> Self {
-        let door = Door::open(config(state, inside), World::system()).await.unwrap();
+        Self::start_in(World::system(), state, inside).await
+    }
+
+    async fn start_in(world: World, state: &Path, inside: bool) -> Self {
+        let door = Door::open(config(state, inside), world).await.unwrap();
         let shutdown = CancellationToken::new();
         let (give, connections) = oneshot::channel();
         let serving = tokio::spawn(door.serve(
@@ -73,6 +77,24 @@ impl Agent {
     async fn end(self) {
         self.shutdown.cancel();
         self.serving.await.unwrap().unwrap();
+    }
+}
+
+/// The clocks of this host when results that are kept now have aged.
+#[derive(Debug)]
+struct Later(SystemClock);
+
+impl Clock for Later {
+    fn now(&self) -> tokio::time::Instant {
+        self.0.now()
+    }
+
+    fn since_boot(&self) -> Duration {
+        self.0.since_boot() + limits::EXPIRED_RESULTS_KEPT
+    }
+
+    fn wall_ns(&self) -> u64 {
+        self.0.wall_ns()
     }
 }
 
@@ -166,6 +188,23 @@ impl Controller {
         let rest = v1::UploadBlobRequest { data: content[100..].to_vec().into(), ..Default::default() };
         let answer = self.client.upload_blob(tokio_stream::iter([first, rest])).await?;
         Ok(answer.into_inner().existed)
+    }
+
+    /// Everything that a task has left is served.
+    async fn check_kept(&mut self, task: &str) {
+        let seen = self.ends(task, 1).await;
+        assert_eq!(seen.output[task], b"kept\n");
+        let request = v1::FetchArchiveRequest {
+            session: Some(self.key.clone()),
+            task_id: task.to_owned(),
+            ..v1::FetchArchiveRequest::default()
+        };
+        let mut pieces = self.client.fetch_archive(request).await.unwrap().into_inner();
+        let mut length = 0;
+        while let Some(piece) = timeout(PATIENCE, pieces.message()).await.unwrap().unwrap() {
+            length += piece.data.len() as u64;
+        }
+        assert_eq!(length, seen.ends[task].archive.as_ref().unwrap().size_bytes);
     }
 
     async fn close(&mut self) -> Vec<String> {
@@ -399,6 +438,59 @@ async fn a_supervisor_that_dies_takes_its_tasks_along_and_they_are_reported_as_l
 fn is_zombie(pid: i32) -> bool {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
     status.is_empty() || status.contains("State:\tZ") || status.contains("State:\tX")
+}
+
+#[tokio::test]
+async fn results_of_an_expired_session_are_served_without_a_supervisor_and_age_across_agents() {
+    let state = tempfile::tempdir().unwrap();
+    let (agent, runtime) = start_to_crash(state.path()).await;
+    let mut controller = agent.controller().await;
+    let lease = Some(convert::duration(Duration::from_secs(1)));
+    controller.open(v1::OpenSessionRequest { lease_duration: lease, ..opening() }).await;
+    let task = controller
+        .start(spec(1, "echo kept; seq 100000 > \"$MILLSTREAM_OUTPUT/file\"; exec sleep 1000"))
+        .await;
+    let seen = controller.ends("", 1).await;
+    assert_eq!(seen.ends[&task].reason(), v1::Reason::LeaseExpired, "nobody has renewed the lease");
+    // Its supervisor ends by itself; the agent takes note of it.
+    let mut watched = controller.client.watch_status(v1::WatchStatusRequest {}).await.unwrap().into_inner();
+    loop {
+        let status = timeout(PATIENCE, watched.message()).await.unwrap().unwrap().unwrap().status.unwrap();
+        if status.sessions[0].supervisor_pid == 0 {
+            break;
+        }
+    }
+    controller.check_kept(&task).await;
+    drop((watched, agent));
+    tokio::task::spawn_blocking(move || runtime.shutdown_timeout(PATIENCE)).await.unwrap();
+
+    let agent = Agent::start(state.path(), false).await;
+    let key = controller.key.clone();
+    let mut controller = Controller { key, ..agent.controller().await };
+    controller.check_kept(&task).await;
+    let request = controller.start_request(spec(2, "true"));
+    let refused = controller.client.start_task(request).await.unwrap_err();
+    assert!(refused.message().starts_with("session expired: "), "{refused:?}");
+    agent.end().await;
+
+    let session = state.path().join("sessions").join(&controller.key.session_id);
+    assert!(session.exists());
+    let later = World { clock: Arc::new(Later(SystemClock)), ..World::system() };
+    let agent = Agent::start_in(later, state.path(), false).await;
+    let mut watched =
+        agent.controller().await.client.watch_status(v1::WatchStatusRequest {}).await.unwrap().into_inner();
+    while !timeout(PATIENCE, watched.message())
+        .await
+        .unwrap()
+        .unwrap()
+        .unwrap()
+        .status
+        .unwrap()
+        .sessions
+        .is_empty()
+    {}
+    assert!(!session.exists());
+    agent.end().await;
 }
 
 #[tokio::test]

@@ -18,7 +18,6 @@ use millstream_common::{
     clock::World,
     convert::{duration, timestamp},
     id::{StreamName, TaskId},
-    limits,
     spec::{FileSource, TaskSpec},
     text::counted,
 };
@@ -29,7 +28,7 @@ use millstream_proto::{
     v1,
 };
 use tokio::{io::AsyncWrite, sync::mpsc};
-use tracing::{info, warn};
+use tracing::warn;
 
 use super::{
     SupervisorConfig, SupervisorError,
@@ -44,7 +43,7 @@ use super::{
     wire::{FrameWriter, PROTOCOL, WireError},
 };
 
-use remains::Remains;
+use remains::{Remains, Results};
 
 /// How long a state is kept from the door that a task usually leaves at once: a small task is told in one piece.
 const PASSING: Duration = Duration::from_millis(5);
@@ -157,12 +156,9 @@ impl Session {
         self.over
     }
 
-    /// When the lease is over, on the clock since boot; then, when its results have aged.
+    /// When the lease is over, on the clock since boot, unless it is.
     pub(super) fn lease_ends(&self) -> Option<Duration> {
-        Some(match self.lease.over_since {
-            None => self.lease.ends,
-            Some(since) => since + limits::EXPIRED_RESULTS_KEPT,
-        })
+        self.lease.over_since.is_none().then_some(self.lease.ends)
     }
 
     /// The next moment at which time alone changes something.
@@ -176,13 +172,8 @@ impl Session {
     /// Lets time act: the lease first, so that nothing is served for a session that is over.
     pub(super) fn pass_time(&mut self) {
         let since_boot = self.around.world.clock.since_boot();
-        match self.lease.over_since {
-            None if self.lease.ends <= since_boot => self.expire(since_boot),
-            Some(since) if since + limits::EXPIRED_RESULTS_KEPT <= since_boot && self.closing.is_empty() => {
-                info!("the results of a session that is over have aged");
-                self.close(None);
-            }
-            _ => {}
+        if self.lease.over_since.is_none() && self.lease.ends <= since_boot {
+            self.expire(since_boot);
         }
         let now = self.now();
         let due = self.deadlines.iter().filter(|&(_, &deadline)| deadline <= now);
@@ -361,13 +352,18 @@ impl Session {
         }
     }
 
-    /// Once nothing runs any more: answers those who closed the session, and is over.
+    /// Once nothing runs any more in a session that is closed or whose lease is over: answers those who closed it, and is
+    /// over.
     fn finish_if_done(&mut self) {
-        if self.closing.is_empty() || self.over || self.unfinished() > 0 {
+        let is_ending = !self.closing.is_empty() || self.lease.over_since.is_some();
+        if !is_ending || self.over || self.unfinished() > 0 {
             return;
         }
         self.end_what_escaped();
         self.over = true;
+        if self.closing.is_empty() {
+            return;
+        }
         let survivors = self.survivors.clone();
         for request_id in std::mem::take(&mut self.closing) {
             if request_id > 0 {
@@ -395,10 +391,16 @@ impl Session {
         }
     }
 
-    /// What is to be removed when the session is over.
+    /// What is to be removed when the session is over, and what is kept.
     pub(super) fn remains(&self) -> Remains {
         self.around.spares.shut();
-        Remains { group: self.config.session_cgroup(), session_dir: self.config.session_dir.clone() }
+        let results = match self.lease.over_since {
+            Some(since) if self.closing.is_empty() => {
+                Some(Results { since, tasks: self.tasks.keys().copied().collect() })
+            }
+            _ => None,
+        };
+        Remains { group: self.config.session_cgroup(), session_dir: self.config.session_dir.clone(), results }
     }
 
     // ---- Machines ----

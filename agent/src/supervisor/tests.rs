@@ -3,7 +3,7 @@
 mod fixture;
 mod phases;
 
-use std::{fs, os::unix::fs::PermissionsExt as _, process::Command, time::Duration};
+use std::{collections::BTreeSet, fs, os::unix::fs::PermissionsExt as _, process::Command, time::Duration};
 
 use millstream_common::{
     id::StreamName,
@@ -13,14 +13,14 @@ use millstream_common::{
 };
 use millstream_proto::{
     supervisor::v1::{
-        CloseSession, DoorFrame, KeepLease, ReleaseTasks, door_frame::Frame as Ask,
-        supervisor_frame::Frame as Told,
+        CloseSession, DoorFrame, ReleaseTasks, door_frame::Frame as Ask, supervisor_frame::Frame as Told,
     },
     v1,
 };
+
 use tonic::Code;
 
-use super::{cgroup::Hierarchies, *};
+use super::{cgroup::Hierarchies, ended::Ended, *};
 use fixture::{Fixture, PATIENCE, Process, containments, exec, is_alive, script, spec};
 
 #[tokio::test]
@@ -267,12 +267,21 @@ async fn silence_for_longer_than_the_lease_ends_everything_and_results_stay() {
         assert_eq!((end.outcome, end.reason), (OutcomeKind::Killed, Reason::LeaseExpired), "{}", end.detail);
         assert!(!is_alive(pid) && fixture.lease_expired);
         assert_eq!(fixture.end_of(waiting).await.reason, Reason::LeaseExpired);
-        let refused = fixture.put(fixture.world.ids.task_id(), &exec(&["true"])).await;
-        assert_eq!(refused.code, Code::FailedPrecondition as u32);
-        let refused = fixture.ask(Ask::Keep(KeepLease { epoch: 9, lease_duration: None })).await;
-        assert_eq!(refused.code, Code::FailedPrecondition as u32);
+        // Nothing is left to do: the supervisor ends by itself, and leaves what can be asked for and nothing else.
+        tokio::time::timeout(PATIENCE, &mut fixture.running).await.unwrap().unwrap().unwrap();
         assert_eq!(fixture.log(task, LogChannel::Stdout), format!("{pid}\n"));
-        fixture.close().await;
+        let session = &fixture.config.session_dir;
+        assert!(!Ended::read(session).unwrap().lost);
+        let names = |directory: &Path| {
+            let entries = fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().file_name());
+            entries.map(|name| name.into_string().unwrap()).collect::<BTreeSet<_>>()
+        };
+        assert_eq!(names(session), BTreeSet::from(["ended.json".to_owned(), "tasks".to_owned()]));
+        let kept = names(&session.join("tasks").join(task.to_string()));
+        assert_eq!(kept, ["end.pb", "spec.pb", "spool", "started"].map(str::to_owned).into());
+        if let Some(group) = fixture.config.session_cgroup() {
+            assert!(!group.exists());
+        }
     }
 }
 

@@ -89,11 +89,10 @@ fn nothing_is_left_when_a_killed_controller_does_not_come_back() {
     controller.kill().unwrap();
     controller.wait().unwrap();
     wait_until_true("the lease ends what the controller has left", SOON, || left().is_empty());
-    // The results are kept a while for a controller that comes back too late, and with them their supervisor; what blocks
-    // could use is gone.
-    let sockets =
-        Command::new("find").arg(agent.state()).args(["-type", "s", "-path", "*/sync/*"]).output().unwrap();
-    assert_eq!(String::from_utf8_lossy(&sockets.stdout), "", "sockets of blocks stay");
+    // The results are kept a while for a controller that comes back too late; their supervisor ends.
+    wait_until_true("the supervisor ends", SOON, || agent.supervisors().is_empty());
+    let sockets = Command::new("find").arg(agent.state()).args(["-type", "s"]).output().unwrap();
+    assert_eq!(String::from_utf8_lossy(&sockets.stdout), "", "sockets of blocks or supervisors stay");
 }
 
 #[test]
@@ -109,13 +108,23 @@ fn a_supervisor_ends_its_tree_by_itself_when_agent_and_controller_are_gone() {
             let task = streams.get("one")?.run_bg(ticker.block());
             ticker.wait_for_more(2);
             let variable = format!("MILLSTREAM_TASK={}", task.id());
+            let supervisors = agent.supervisors();
+            assert!(!supervisors.is_empty());
             agent.kill();
             // Dropping tells that it could not ask the host to clean up; the lease does it.
             drop(streams);
-            Result::<String>::Ok(variable)
+            Result::<(String, Vec<u32>)>::Ok((variable, supervisors))
         })
         .unwrap();
+    let (variable, supervisors) = left;
     wait_until_true("the lease ends the block", Duration::from_secs(60), || {
-        processes::with_variable(&left).is_empty()
+        processes::with_variable(&variable).is_empty()
     });
+    wait_until_true("the supervisor has nothing left to do", SOON, || {
+        !supervisors.iter().any(|pid| processes::is_live(*pid))
+    });
+    // Results are kept for the next agent; nothing else of the session is left.
+    let left = Command::new("find").arg(agent.state()).args(["-type", "s", "-o", "-path", "*/work"]).output();
+    assert_eq!(String::from_utf8_lossy(&left.unwrap().stdout), "");
+    assert_eq!(agent.session_directories().len(), 1);
 }

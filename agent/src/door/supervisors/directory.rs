@@ -22,16 +22,11 @@ use tracing::{error, warn};
 
 use crate::{
     session::{Owner, Secret},
-    supervisor::cgroup::Group,
+    supervisor::{
+        cgroup::Group,
+        ended::{Ended, boot_id},
+    },
 };
-
-/// Where the kernel tells which boot this is.
-const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
-
-/// Number of this boot, made by the kernel.
-pub(crate) fn boot_id() -> String {
-    fs::read_to_string(BOOT_ID).map(|id| id.trim().to_owned()).unwrap_or_default()
-}
 
 /// Where all sessions lie under a state directory.
 pub(crate) fn sessions_directory(state: &Path) -> PathBuf {
@@ -139,6 +134,18 @@ impl SessionDirectory {
     pub(crate) fn kept(&self) -> io::Result<Kept> {
         let text = fs::read(self.path.join("session.json"))?;
         serde_json::from_slice(&text).map_err(io::Error::other)
+    }
+
+    /// That the session is over, when it is and its supervisor has said so, or this or an earlier door.
+    pub(crate) fn ended(&self) -> Option<Ended> {
+        Ended::read(&self.path)
+    }
+
+    /// Keeps on record that the supervisor died, from this moment after the start of the host on: results age across agents.
+    pub(crate) fn record_loss(&self, since: Duration) {
+        if let Err(error) = Ended::new(since, true).write(&self.path) {
+            warn!(directory = %self.path.display(), %error, "the loss of a session is not on record");
+        }
     }
 
     /// Writes the supervisor's configuration.

@@ -144,7 +144,8 @@ impl Mirror {
         self.version += 1;
     }
 
-    pub(super) fn lost_supervisor(&mut self) {
+    /// The supervisor is gone, because it was told to, because the lease was over, or because it died.
+    pub(super) fn supervisor_gone(&mut self) {
         self.supervisor_pid = 0;
         self.lease_expired = true;
         self.version += 1;

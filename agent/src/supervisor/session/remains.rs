@@ -2,7 +2,13 @@
 //!
 //! A task that was begun and has no record is lost: it is never begun again.
 
-use std::{fs, io, path::PathBuf, sync::Arc};
+use std::{
+    collections::BTreeSet,
+    fs, io,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
 
 use millstream_common::{
     convert::spec_sha256,
@@ -19,6 +25,7 @@ use super::{
     super::{
         attendant::{RECORD_FILE, SPEC_FILE, STARTED_FILE, SharedSpool, task_dir, write_record},
         cgroup::Group,
+        ended::Ended,
         task::Machine,
         workspace,
     },
@@ -75,7 +82,19 @@ impl Session {
 pub(in crate::supervisor) struct Remains {
     pub(super) group: Option<PathBuf>,
     pub(super) session_dir: PathBuf,
+    pub(super) results: Option<Results>,
 }
+
+/// Results that are kept for a controller that was away.
+pub(in crate::supervisor) struct Results {
+    /// When the lease was over, since the start of the host.
+    pub(super) since: Duration,
+    /// Those that were not released.
+    pub(super) tasks: BTreeSet<TaskId>,
+}
+
+/// What the door serves of a task whose supervisor is gone.
+const KEPT_FILES: &[&str] = &[SPEC_FILE, STARTED_FILE, RECORD_FILE, "spool", "archive.tar"];
 
 impl Remains {
     /// Ends and removes the session's control group with whoever is left in it.
@@ -101,14 +120,49 @@ impl Remains {
         }
     }
 
-    /// Removes what belongs to the tasks; the rest of the directory is the door's. Blocking.
+    /// Removes what belongs to the tasks, except results that are to be kept; the rest of the directory is the door's.
+    /// Blocking.
     pub(in crate::supervisor) fn remove(self) {
-        for name in ["tasks", "sync", "bin"] {
-            let directory = self.session_dir.join(name);
-            if let Err(error) = workspace::remove_task(&directory) {
-                warn!(path = %directory.display(), %error, "a directory of the session is left behind");
+        let tasks = self.session_dir.join("tasks");
+        match &self.results {
+            None => remove(&tasks),
+            Some(results) => {
+                for entry in fs::read_dir(&tasks).into_iter().flatten().flatten() {
+                    let id = entry.file_name().to_str().and_then(|name| name.parse().ok());
+                    if id.is_some_and(|id| results.tasks.contains(&id)) {
+                        keep_results(&entry.path());
+                    } else {
+                        remove(&entry.path());
+                    }
+                }
             }
         }
-        info!("the session is over");
+        for name in ["sync", "bin"] {
+            remove(&self.session_dir.join(name));
+        }
+        if let Some(results) = self.results {
+            info!(tasks = results.tasks.len(), "the session is over: its results are kept");
+            // Last: whoever finds it knows that all else is done.
+            if let Err(error) = Ended::new(results.since, false).write(&self.session_dir) {
+                warn!(%error, "the end of the session is not on record");
+            }
+        } else {
+            info!("the session is over");
+        }
+    }
+}
+
+/// Leaves of a task's directory what can still be asked for.
+fn keep_results(task_dir: &Path) {
+    for entry in fs::read_dir(task_dir).into_iter().flatten().flatten() {
+        if !entry.file_name().to_str().is_some_and(|name| KEPT_FILES.contains(&name)) {
+            remove(&entry.path());
+        }
+    }
+}
+
+fn remove(path: &Path) {
+    if let Err(error) = workspace::remove_task(path) {
+        warn!(path = %path.display(), %error, "something of the session is left behind");
     }
 }

@@ -49,7 +49,7 @@ impl Session {
             Some(door_frame::Frame::RelayAttached(relay)) => {
                 return self.around.relay.attached(relay.attached);
             }
-            Some(door_frame::Frame::Close(CloseSession {})) => return self.close(Some(request_id)),
+            Some(door_frame::Frame::Close(CloseSession {})) => return self.close(request_id),
             Some(door_frame::Frame::Keep(keep)) => self.keep(&keep),
             Some(door_frame::Frame::Start(start)) => self.start(start),
             Some(door_frame::Frame::Signal(signal)) => self.signal(&signal),
@@ -214,9 +214,9 @@ impl Session {
         Ok(Reply::default())
     }
 
-    pub(super) fn close(&mut self, request_id: Option<u64>) {
+    fn close(&mut self, request_id: u64) {
         let first = self.closing.is_empty();
-        self.closing.push(request_id.unwrap_or(0));
+        self.closing.push(request_id);
         if first {
             info!(tasks = self.unfinished(), "closing the session");
             self.around.relay.controller_gone();
