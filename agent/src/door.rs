@@ -52,7 +52,11 @@ use crate::{
     session::{Action, Asking, Event, Found, OpenRefusal, Owner, Secret, Sessions, Ticket},
     supervisor::{
         blobs::BlobError,
-        cgroup::{Hierarchies, LimitsSource},
+        cgroup::{
+            Hierarchies, LimitsSource,
+            claim::{self, AGENT_GROUP, Claim},
+        },
+        session_group_name,
     },
 };
 
@@ -148,6 +152,8 @@ pub(crate) struct Shared {
     notices: mpsc::Sender<(SessionId, Notice)>,
     status_changed: watched::Sender<u64>,
     tracker: TaskTracker,
+    /// This agent's control group, claimed for as long as it lives.
+    _claim: Option<Claim>,
 }
 
 impl fmt::Debug for Shared {
@@ -406,6 +412,26 @@ impl Shared {
         }
     }
 
+    /// Removes empty control groups that killed agents and supervisors have left. Nobody waits for it.
+    fn sweep_groups(&self) {
+        let Some(own) = self.starter.cgroup.clone() else { return };
+        let (sessions, clock) = (supervisors::sessions_directory(&self.state), Arc::clone(&self.world.clock));
+        self.tracker.spawn_blocking(move || {
+            let entries = fs::read_dir(sessions).into_iter().flatten().flatten();
+            let ids = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<SessionId>().ok());
+            claim::sweep(&own, &ids.map(session_group_name).collect(), &*clock);
+        });
+    }
+
+    /// Removes this agent's control group, unless sessions outlive the agent.
+    fn leave_group(&self) {
+        if let Some(group) = &self.starter.cgroup
+            && let Err(error) = fs::remove_dir(group)
+        {
+            debug!(group = %group.display(), %error, "the control group of this agent stays");
+        }
+    }
+
     async fn find_session(self: Arc<Self>, session_id: SessionId) {
         let bare = SessionDirectory::of(&self.state, session_id, None);
         let kept = match bare.kept() {
@@ -589,7 +615,7 @@ impl Door {
             .map_err(|source| DoorError::Blobs { source })?;
         let incarnation = world.ids.token();
         let hierarchies = Hierarchies::find();
-        let cgroup = own_group(&hierarchies, &config.state);
+        let (cgroup, claim) = own_group(&hierarchies, &config.state).unzip();
         let (notices_in, notices) = mpsc::channel(NOTICES_COUNT_MAX);
         let starter = Starter {
             relaunch: config.relaunch,
@@ -624,8 +650,10 @@ impl Door {
             notices: notices_in,
             status_changed: watched::Sender::new(0),
             tracker: TaskTracker::new(),
+            _claim: claim,
         });
         shared.find_sessions().await;
+        shared.sweep_groups();
         Ok(Self { shared, _lock: lock, notices })
     }
 
@@ -672,13 +700,15 @@ impl Door {
             shutdown.cancelled().await;
             tokio::time::sleep(limits::CLOSE_MAX).await;
         };
-        tokio::select! {
+        let served = tokio::select! {
             served = serving => served.map_err(DoorError::Serve),
             // Watchers never end by themselves.
             () = ended => Ok(()),
             () = noticing => Ok(()),
             () = Arc::clone(&shared).tell_time() => Ok(()),
-        }
+        };
+        shared.leave_group();
+        served
     }
 
     /// Ends every session: for an agent whose one controller is gone.
@@ -702,25 +732,20 @@ impl Ending {
         for session_id in sessions {
             survivors.extend(self.shared.close(session_id).await);
         }
-        if let Some(group) = &self.shared.starter.cgroup
-            && let Err(error) = fs::remove_dir(group)
-        {
-            debug!(group = %group.display(), %error, "the control group of this agent stays");
-        }
+        self.shared.leave_group();
         survivors
     }
 }
 
 /// The control group under which this agent's sessions get theirs: beside others of this host, and the same for the next
 /// agent on this state directory. None where trees cannot be contained that way.
-fn own_group(hierarchies: &Hierarchies, state: &Path) -> Option<PathBuf> {
+fn own_group(hierarchies: &Hierarchies, state: &Path) -> Option<(PathBuf, Claim)> {
     let parent = hierarchies.unified.as_ref()?;
     let state = state.canonicalize().unwrap_or_else(|_| state.to_owned());
     let digest = blake3::hash(state.as_os_str().as_encoded_bytes()).to_hex();
-    let group = parent.join(format!("millstream-{}", &digest[..12]));
-    match fs::create_dir(&group) {
-        Ok(()) => Some(group),
-        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Some(group),
+    let group = parent.join(format!("{AGENT_GROUP}{}", &digest[..12]));
+    match Claim::make(&group) {
+        Ok(claim) => Some((group, claim)),
         Err(error) => {
             warn!(group = %group.display(), %error, "no control group can be made: trees are contained by subreapers");
             None

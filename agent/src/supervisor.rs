@@ -47,6 +47,7 @@ use tokio::{
 use tracing::{debug, info, warn};
 
 use crate::entry::Relaunch;
+use cgroup::claim::{Claim, SESSION_GROUP};
 use process::watch;
 use session::Session;
 use wire::{FrameReader, FrameWriter, WireError};
@@ -87,8 +88,13 @@ impl SupervisorConfig {
     /// The session's control group, where there is one.
     #[must_use]
     pub fn session_cgroup(&self) -> Option<PathBuf> {
-        self.cgroup.as_ref().map(|parent| parent.join(format!("s-{}", self.session_id.short())))
+        self.cgroup.as_ref().map(|parent| parent.join(session_group_name(self.session_id)))
     }
+}
+
+/// How the control group of a session is named.
+pub(crate) fn session_group_name(session: SessionId) -> String {
+    format!("{SESSION_GROUP}{}", session.short())
 }
 
 /// Why a supervisor could not begin or go on.
@@ -149,6 +155,8 @@ pub async fn run(
     mut doors: mpsc::Receiver<UnixStream>,
 ) -> Result<(), SupervisorError> {
     prepare_directory(&config)?;
+    let claim = config.session_cgroup().map(|group| Claim::make(&group)).transpose();
+    let claim = claim.map_err(SupervisorError::Group)?;
     let (told, mut happened) = mpsc::channel(limits::SUPERVISOR_FRAMES_COUNT_MAX);
     // The relay bounds its own queue; this one only hands over.
     let (relayed, mut relay) = mpsc::channel::<RelayFrames>(1);
@@ -214,6 +222,7 @@ pub async fn run(
     // Who closed the session is answered when the host is clean.
     let remains = session.remains();
     remains.end_group().await;
+    drop(claim);
     if let Err(error) = tokio::task::spawn_blocking(move || remains.remove()).await {
         warn!(%error, "what belongs to the tasks was not removed");
     }
@@ -313,11 +322,6 @@ fn prepare_directory(config: &SupervisorConfig) -> Result<(), SupervisorError> {
         .map_err(failed("open to blocks the directory", directory))?;
     let bin = directory.join("bin");
     config.relaunch.write_sync_command(&bin).map_err(failed("write the in-block command into", &bin))?;
-    if let (Some(parent), Some(group)) = (&config.cgroup, config.session_cgroup()) {
-        fs::create_dir_all(parent)
-            .and_then(|()| fs::create_dir_all(group))
-            .map_err(SupervisorError::Group)?;
-    }
     Ok(())
 }
 

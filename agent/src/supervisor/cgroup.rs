@@ -4,6 +4,8 @@
 //! none of its controllers; limiting uses the controllers of version 2 where they are, else those of version 1, else it
 //! is refused. Nothing here knows what a task is.
 
+pub(crate) mod claim;
+
 use std::{
     fs,
     io::{self, Read as _, Seek as _, Write as _},
@@ -15,7 +17,7 @@ use std::{
     time::Duration,
 };
 
-use millstream_common::{limits, outcome::LeakedProcess, spec::ResourceLimits, text::printable};
+use millstream_common::{id::TaskId, limits, outcome::LeakedProcess, spec::ResourceLimits, text::printable};
 use rustix::{
     fs::{Mode, OFlags},
     process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal},
@@ -466,6 +468,24 @@ impl LimitGroups {
         let Some(path) = &self.memory_events else { return false };
         let events = fs::read_to_string(path).unwrap_or_default();
         events.lines().filter_map(|line| line.strip_prefix("oom_kill ")).any(|count| count.trim() != "0")
+    }
+
+    /// How the groups of version 1 of a task are named.
+    pub(crate) fn name_of(task: TaskId) -> String {
+        format!("{}{}", claim::AGENT_GROUP, task.short())
+    }
+
+    /// Removes what a killed supervisor has left of the limits of one tree, by the name that it gave to [`Self::create`].
+    pub(crate) fn remove_left(hierarchies: &Hierarchies, name: &str) {
+        let own = [&hierarchies.memory, &hierarchies.pids, &hierarchies.cpu];
+        for directory in own.into_iter().flatten().map(|own| own.join(name)) {
+            match fs::remove_dir(&directory) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                    tracing::warn!(path = %directory.display(), %error, "control group not removed");
+                }
+                _ => {}
+            }
+        }
     }
 
     /// Removes the groups; nobody may live in them any more.

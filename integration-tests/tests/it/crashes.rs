@@ -3,6 +3,7 @@
 
 use std::{
     io::{BufRead as _, BufReader},
+    path::PathBuf,
     process::{Command, Stdio},
     time::Duration,
 };
@@ -127,4 +128,51 @@ fn a_supervisor_ends_its_tree_by_itself_when_agent_and_controller_are_gone() {
     let left = Command::new("find").arg(agent.state()).args(["-type", "s", "-o", "-path", "*/work"]).output();
     assert_eq!(String::from_utf8_lossy(&left.unwrap().stdout), "");
     assert_eq!(agent.session_directories().len(), 1);
+}
+
+#[test]
+#[ignore = "needs root: integration-tests/run"]
+fn an_agent_that_comes_back_removes_the_control_groups_of_the_killed() {
+    let lab = Lab::new(&["one"]);
+    let mut agent = lab.start_agent("one");
+    let ticker = Ticker::new(&lab.directory().join("ticker"));
+    let (variable, session) = lab
+        .controller()
+        .block_on(|| async {
+            let streams = open(&lab, "groups-left")?;
+            let task = streams.get("one")?.run_bg(ticker.block());
+            ticker.wait_for_more(2);
+            let variable = format!("MILLSTREAM_TASK={}", task.id());
+            let session =
+                control_group_of(processes::with_variable(&variable)[0]).parent().unwrap().to_owned();
+            let supervisors = agent.supervisors();
+            agent.kill();
+            supervisors.into_iter().for_each(processes::kill);
+            drop(streams);
+            Result::<(String, PathBuf)>::Ok((variable, session))
+        })
+        .unwrap();
+    // Nobody is left to end the block, which lives on in its group.
+    assert!(session.exists());
+    assert!(!processes::with_variable(&variable).is_empty());
+    let own = session.parent().unwrap();
+    let forgotten = own.join("s-0123456789ab");
+    std::fs::create_dir_all(forgotten.join("t-0123456789ab")).unwrap();
+    agent.restart(lab.host("one").namespace());
+    wait_until_true("what the supervisor has left is ended", SOON, || {
+        processes::with_variable(&variable).is_empty() && !session.exists()
+    });
+    wait_until_true("a group without a session is removed", SOON, || !forgotten.exists());
+    assert!(own.exists(), "the agent lives");
+    agent.terminate();
+    assert!(!own.exists());
+}
+
+/// Directory of the control group of version 2 that a process is in.
+fn control_group_of(pid: u32) -> PathBuf {
+    let groups = std::fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap();
+    let group = groups.lines().find_map(|line| line.strip_prefix("0::/")).unwrap();
+    let mounts = std::fs::read_to_string("/proc/self/mounts").unwrap();
+    let mount = mounts.lines().find(|line| line.split(' ').nth(2) == Some("cgroup2")).unwrap();
+    PathBuf::from(mount.split(' ').nth(1).unwrap()).join(group)
 }

@@ -23,7 +23,7 @@ use tracing::{error, warn};
 use crate::{
     session::{Owner, Secret},
     supervisor::{
-        cgroup::Group,
+        cgroup::{Group, GroupError, Hierarchies, LimitGroups},
         ended::{Ended, boot_id},
     },
 };
@@ -180,7 +180,11 @@ impl SessionDirectory {
         let killing = async {
             let group = Group::open(cgroup.clone())?;
             group.kill()?;
-            group.wait_until_empty(limits::KILL_MAX).await
+            let is_empty = group.wait_until_empty(limits::KILL_MAX).await?;
+            if is_empty {
+                group.remove()?;
+            }
+            Ok::<_, GroupError>(is_empty)
         };
         match killing.await {
             Ok(true) => {}
@@ -196,6 +200,10 @@ impl SessionDirectory {
         let mut tasks: Vec<TaskId> =
             entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect();
         tasks.sort_unstable();
+        let hierarchies = Hierarchies::find();
+        for task in &tasks {
+            LimitGroups::remove_left(&hierarchies, &LimitGroups::name_of(*task));
+        }
         tasks.into_iter().map(|task| self.recover(task, reason)).collect()
     }
 

@@ -17,7 +17,7 @@ use tracing::{error, warn};
 use super::{HELLO_MAX, Notice, SessionDirectory, Supervised};
 use crate::{
     entry::{Relaunch, Role},
-    supervisor::{self, SupervisorConfig, wire::WireError},
+    supervisor::{self, SupervisorConfig, session_group_name, wire::WireError},
 };
 
 /// What a supervisor says when it listens.
@@ -86,7 +86,7 @@ pub(crate) struct Starter {
 impl Starter {
     /// Control group of a session, where there are control groups.
     pub(crate) fn cgroup_of(&self, session: SessionId) -> Option<PathBuf> {
-        self.cgroup.as_ref().map(|parent| parent.join(format!("s-{}", session.short())))
+        self.cgroup.as_ref().map(|parent| parent.join(session_group_name(session)))
     }
 
     /// Starts the supervisor of a session whose directory exists, and connects to it.

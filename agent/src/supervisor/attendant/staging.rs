@@ -51,7 +51,7 @@ impl Attendant {
             None => Tree::under_shim(&self.around.relaunch, ends)
                 .map_err(|error| exhausted("start the shim of the task", &error))?,
         };
-        let legacy = format!("millstream-{name}");
+        let legacy = LimitGroups::name_of(self.task);
         let groups = LimitGroups::create(&self.around.hierarchies, tree.group(), &legacy, &self.spec.limits)
             .map_err(|error| Refusal {
                 reason: Reason::LimitsUnavailable,

@@ -4,7 +4,7 @@
 
 use std::{
     collections::BTreeSet,
-    fs, io,
+    fs,
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
@@ -24,7 +24,7 @@ use tracing::{info, warn};
 use super::{
     super::{
         attendant::{RECORD_FILE, SPEC_FILE, STARTED_FILE, SharedSpool, task_dir, write_record},
-        cgroup::Group,
+        cgroup::{Group, claim},
         ended::Ended,
         task::Machine,
         workspace,
@@ -103,9 +103,9 @@ impl Remains {
         if !group.remove_if_empty() {
             Self::end_inhabited(&group).await;
         }
-        // Shared with other sessions: it goes with the last one.
+        // Shared with other sessions and their agent: it goes with the last of them.
         if let Some(parent) = group.path().parent() {
-            let _others: io::Result<()> = fs::remove_dir(parent);
+            claim::remove_abandoned(parent);
         }
     }
 
