@@ -145,8 +145,18 @@ reasons! {
     InvalidBlock = "invalid_block",
     /// The deadline of the whole test passed.
     TestDeadline = "test_deadline",
+    /// Another task ended unexpectedly, and the test fails fast. Only the controller says so.
+    FailFast = "fail_fast",
     /// A bug of this system.
     Internal = "internal",
+}
+
+impl Reason {
+    /// Whether it is the failure of another task that ended this one or kept it from running.
+    #[must_use]
+    pub const fn is_consequence(self) -> bool {
+        matches!(self, Self::Drained | Self::FailFast)
+    }
 }
 
 impl fmt::Display for Reason {
@@ -312,14 +322,14 @@ impl TaskEnd {
         }
     }
 
-    /// Whether this end is an expected one.
+    /// Whether this end is an expected one: what follows the failure of another task never is.
     #[must_use]
     pub fn is_expected(&self, expectation: Expectation) -> bool {
-        self.outcome.is_expected(expectation)
+        !self.reason.is_consequence() && self.outcome.is_expected(expectation)
     }
 }
 
-/// Which end of a task is expected. An error or a loss never is; a stop or a cancellation always is.
+/// Which end of a task is expected. An error or a loss never is; a stop or a cancellation on request always is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Expectation {
@@ -343,6 +353,8 @@ mod tests {
         assert!(!end(OutcomeKind::Passed).is_expected(Expectation::Fail));
         assert!(!end(OutcomeKind::Error).is_expected(Expectation::Any));
         assert!(end(OutcomeKind::Stopped).is_expected(Expectation::Pass));
+        let drained = TaskEnd::never_begun(OutcomeKind::Cancelled, Reason::Drained, "");
+        assert!(!drained.is_expected(Expectation::Any));
         assert!(!end(OutcomeKind::Lost).is_expected(Expectation::Fail));
     }
 }

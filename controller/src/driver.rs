@@ -16,32 +16,36 @@ use millstream_common::{
     id::{TaskId, TestName},
     limits,
     outcome::{OutcomeKind, Phase, Reason, TaskEnd},
+    spec::FailurePolicy,
 };
 use millstream_proto::v1;
 use tokio::{
     sync::oneshot,
     time::{Instant, sleep_until},
 };
-use tracing::{debug, warn};
+use tracing::debug;
 
 use crate::{
     block::Block,
-    link::{Link, LinkOptions, Opened, Order, Put, Report},
+    link::{Link, LinkOptions, Opened, Order, Put, Report, Sending},
     outcome::CausedBy,
-    queue::{Action, Ending, Event, Queue, Standing},
+    queue::{Action, Ending, Event, Queue},
     results::{report::TaskReport, writer::ResultsWriter},
     streams::{StreamShared, TestShared},
     sync::host::SyncHost,
     task::{Stage, TaskShared},
 };
 
+mod cut;
 mod ends;
+mod explain;
 mod handle;
 mod links;
 pub(crate) mod mailbox;
 mod prepare;
 pub(crate) mod scribe;
 
+use cut::Cut;
 pub(crate) use handle::{Blocked, Handle, Input, Schedule, handle};
 use mailbox::Mailbox;
 pub(crate) use prepare::Ready;
@@ -56,6 +60,8 @@ pub(crate) struct Setup {
     pub(crate) world: World,
     pub(crate) test: TestName,
     pub(crate) deadline: Duration,
+    /// Whether the first unexpected end ends everything.
+    pub(crate) fails_fast: bool,
     pub(crate) link: LinkOptions,
     pub(crate) writer: ResultsWriter,
     pub(crate) scribe: Scribe,
@@ -79,10 +85,22 @@ struct LinkState {
     /// The place, as its reach describes it.
     place: String,
     phase: LinkPhase,
+    /// Since when it stands there.
+    since: Instant,
+    /// Why the last attempt to reach the host failed, while it is being tried.
+    trouble: Option<String>,
     opened: Opened,
     /// Why there is no session, once there was none.
     lost: Option<(String, Reason)>,
     streams: Vec<usize>,
+}
+
+impl LinkState {
+    fn enter(&mut self, phase: LinkPhase, now: Instant) {
+        self.phase = phase;
+        self.since = now;
+        self.trouble = None;
+    }
 }
 
 struct StreamState {
@@ -91,6 +109,8 @@ struct StreamState {
     queue: Queue,
     /// Tasks that are not over, by their number.
     tasks: HashMap<u32, TaskId>,
+    /// The task whose end cancelled those behind it, in a stream that drains.
+    drained_by: Option<CausedBy>,
 }
 
 /// A task that is not over.
@@ -107,13 +127,26 @@ struct Work {
     /// The host's own record of its end.
     end: Option<TaskEnd>,
     caused_by: Option<CausedBy>,
-    phase: Option<Phase>,
+    /// The phase that runs, and since when.
+    phase: Option<(Phase, Instant)>,
     grace: Option<Duration>,
-    at_deadline: bool,
+    /// Why it is being ended from outside, if it is.
+    cut: Option<Cut>,
+    /// Since when it is being stopped.
+    stopping: Option<Instant>,
+    /// What of its files has been sent.
+    sending: Option<Arc<Sending>>,
     /// Whether the board of barriers knows of its end.
     told: bool,
     /// Whether its files are being completed: its end is decided.
     finishing: bool,
+}
+
+impl Work {
+    /// Stream, number and block, such as `server/1-netserver`.
+    fn path(&self) -> String {
+        format!("{}/{}", self.shared.stream, self.shared.label())
+    }
 }
 
 /// The loop.
@@ -122,6 +155,10 @@ pub(crate) struct Driver {
     begin_ns: u64,
     deadline: Instant,
     deadline_passed: bool,
+    /// The first task that ended unexpectedly in a test that fails fast, and what became of it.
+    first_failure: Option<(CausedBy, String)>,
+    /// Whether everything else was told to end because of it.
+    failed_fast: bool,
     links: Vec<LinkState>,
     streams: BTreeMap<usize, StreamState>,
     works: HashMap<TaskId, Work>,
@@ -139,6 +176,8 @@ impl Driver {
             deadline: now.checked_add(setup.deadline).unwrap_or(now + limits::WAIT_MAX),
             setup,
             deadline_passed: false,
+            first_failure: None,
+            failed_fast: false,
             links: Vec::new(),
             streams: BTreeMap::new(),
             works: HashMap::new(),
@@ -158,6 +197,7 @@ impl Driver {
                 inputs = inbox.take() => {
                     for input in inputs {
                         self.handle(input);
+                        self.fail_fast();
                     }
                 }
                 () = sleep_until(deadline), if !self.closing => self.pass_deadline(),
@@ -177,8 +217,10 @@ impl Driver {
             Input::GoTogether { tasks, start, answer } => self.go_together(&tasks, start, answer),
             Input::Cancel { task } => self.wish(task, |number| Event::CancelAsked { number }),
             Input::Stop { task, grace } => {
+                let now = self.setup.world.clock.now();
                 if let Some(work) = self.works.get_mut(&task) {
                     work.grace = grace;
+                    work.stopping.get_or_insert(now);
                 }
                 self.wish(task, |number| Event::StopAsked { number });
             }
@@ -202,8 +244,13 @@ impl Driver {
         if !self.streams.contains_key(&index) {
             let link = self.link_of(&stream);
             self.links[link].streams.push(index);
-            let queue = Queue::new(limits::STREAM_WINDOW_COUNT);
-            self.streams.insert(index, StreamState { shared: stream, link, queue, tasks: HashMap::new() });
+            let drains = stream.defaults.on_failure == FailurePolicy::Drain;
+            let new = if drains { Queue::draining } else { Queue::new };
+            let queue = new(limits::STREAM_WINDOW_COUNT);
+            self.streams.insert(
+                index,
+                StreamState { shared: stream, link, queue, tasks: HashMap::new(), drained_by: None },
+            );
         }
         let work = Work {
             shared: Arc::clone(&task),
@@ -217,7 +264,9 @@ impl Driver {
             caused_by: None,
             phase: None,
             grace: None,
-            at_deadline: self.deadline_passed,
+            cut: None,
+            stopping: None,
+            sending: None,
             told: false,
             finishing: false,
         };
@@ -226,20 +275,14 @@ impl Driver {
             let end =
                 TaskEnd::never_begun(OutcomeKind::Cancelled, Reason::SessionClosed, "the streams are closed");
             self.complete(task.id, end, None);
-        } else if self.deadline_passed {
-            let end = TaskEnd::never_begun(OutcomeKind::Error, Reason::TestDeadline, self.deadline_text());
-            self.complete(task.id, end, None);
+        } else if let Some(cut) = self.cut() {
+            self.cut_before_it_began(task.id, cut);
         } else {
             if let Some(state) = self.streams.get_mut(&index) {
                 state.tasks.insert(number, task.id);
             }
             self.feed(index, Event::Scheduled { number, held });
         }
-    }
-
-    fn deadline_text(&self) -> String {
-        let limit = millstream_common::text::spoken(self.setup.deadline);
-        format!("the test reached its deadline of {limit}: give it more with `deadline`")
     }
 
     /// The link to the place of a stream: streams with one destination share one.
@@ -262,7 +305,10 @@ impl Driver {
                 let frequent = matches!(
                     letter,
                     Input::Link {
-                        report: Report::Began { .. } | Report::Staged { .. } | Report::Clock(_),
+                        report: Report::Began { .. }
+                            | Report::Staged { .. }
+                            | Report::Clock(_)
+                            | Report::AttemptFailed { .. },
                         ..
                     }
                 );
@@ -290,6 +336,8 @@ impl Driver {
             link,
             place,
             phase: LinkPhase::Idle,
+            since: self.setup.world.clock.now(),
+            trouble: None,
             opened: Opened::default(),
             lost: None,
             streams: Vec::new(),
@@ -340,61 +388,6 @@ impl Driver {
         let Some(work) = self.works.get(&task) else { return };
         let (stream, number) = (work.stream, work.shared.stream_number);
         self.feed(stream, event(number));
-    }
-
-    fn explain(&self, task: TaskId) -> String {
-        let Some(work) = self.works.get(&task) else { return "it is over".to_owned() };
-        let Some(state) = self.streams.get(&work.stream) else { return "it is not scheduled yet".to_owned() };
-        let link = &self.links[state.link];
-        let name = self.name_of(work);
-        if work.finishing || work.end.is_some() {
-            return format!("{name} has ended; its output and results are being brought home");
-        }
-        match state.queue.standing(work.shared.stream_number) {
-            Standing::WaitsForHost if link.phase == LinkPhase::Suspended => {
-                format!("{name} waits until the connection to {} is back", link.place)
-            }
-            Standing::WaitsForHost => format!("{name} waits until {} is reached", link.place),
-            Standing::Preparing => {
-                format!("{name} is being prepared: its files are under way to {}", link.place)
-            }
-            Standing::Behind { number } => format!("{name} waits for {}", self.label_in(state, number)),
-            Standing::BehindHeld { number } => {
-                format!(
-                    "{name} waits for {}, which is prepared and was not started",
-                    self.label_in(state, number)
-                )
-            }
-            Standing::Held => format!("{name} is prepared and was not started"),
-            Standing::Next => format!("{name} is about to begin on {}", link.place),
-            Standing::Running => match work.phase {
-                Some(phase) => format!("{name} runs its phase {phase} on {}", link.place),
-                None => format!("{name} runs on {}", link.place),
-            },
-            Standing::Unknown => format!("{name} is being ended"),
-        }
-    }
-
-    fn pass_deadline(&mut self) {
-        if self.deadline_passed {
-            // What did not end within its grace is not waited for: closing the sessions ends it.
-            warn!("tasks did not end in time after the deadline of the test");
-            self.close();
-            return;
-        }
-        warn!("{}", self.deadline_text());
-        self.deadline_passed = true;
-        self.deadline = self.setup.world.clock.now() + DEADLINE_GRACE;
-        let mut tasks: Vec<(u32, TaskId)> =
-            self.works.iter().map(|(&task, work)| (work.shared.test_number, task)).collect();
-        // The last first, so that none of them moves up meanwhile.
-        tasks.sort_unstable_by(|a, b| b.cmp(a));
-        for (_, task) in tasks {
-            if let Some(work) = self.works.get_mut(&task) {
-                work.at_deadline = true;
-            }
-            self.wish(task, |number| Event::StopAsked { number });
-        }
     }
 
     fn close(&mut self) {
@@ -452,10 +445,11 @@ impl Driver {
     }
 
     fn connect(&mut self, stream: usize, link: usize) {
+        let now = self.setup.world.clock.now();
         let state = &mut self.links[link];
         match state.phase {
             LinkPhase::Idle => {
-                state.phase = LinkPhase::Opening;
+                state.enter(LinkPhase::Opening, now);
                 state.link.order(Order::Connect);
             }
             LinkPhase::Opening | LinkPhase::Closed => {}
@@ -503,28 +497,30 @@ impl Driver {
 
     fn signal(&self, link: usize, task: Option<TaskId>, kind: v1::SignalKind) {
         let Some((task, work)) = task.and_then(|task| Some((task, self.works.get(&task)?))) else { return };
-        let reason = work.at_deadline.then_some(Reason::TestDeadline);
+        // What else ends a task from outside is no concern of its host.
+        let reason = (work.cut == Some(Cut::Deadline)).then_some(Reason::TestDeadline);
         self.links[link].link.order(Order::Signal { task, kind, grace: work.grace, reason });
     }
 
     /// The record of a task that ends without its host.
     fn ending(&self, task: TaskId, link: usize, ending: Ending) -> TaskEnd {
-        let at_deadline = self.works.get(&task).is_some_and(|work| work.at_deadline);
+        let work = self.works.get(&task);
         let link = &self.links[link];
         let (why, reason) = link
             .lost
             .clone()
             .unwrap_or_else(|| (format!("there is no session with {}", link.place), Reason::Unreachable));
         match ending {
-            Ending::Cancelled if at_deadline => {
-                TaskEnd::never_begun(OutcomeKind::Error, Reason::TestDeadline, self.deadline_text())
+            Ending::Cancelled => match work.and_then(|work| work.cut) {
+                Some(cut) => self.never_begun(cut),
+                None => TaskEnd::never_begun(OutcomeKind::Cancelled, Reason::Cancelled, ""),
+            },
+            Ending::Drained => {
+                let culprit = work.and_then(|work| self.streams.get(&work.stream)?.drained_by.as_ref());
+                let culprit = culprit.map_or("a task before it", |cause| cause.task.as_str());
+                let detail = format!("{culprit} ended unexpectedly and its stream is drained then");
+                TaskEnd::never_begun(OutcomeKind::Cancelled, Reason::Drained, detail)
             }
-            Ending::Cancelled => TaskEnd::never_begun(OutcomeKind::Cancelled, Reason::Cancelled, ""),
-            Ending::Drained => TaskEnd::never_begun(
-                OutcomeKind::Cancelled,
-                Reason::Drained,
-                "a task before it failed, and its stream drains then",
-            ),
             Ending::Unreachable => TaskEnd::never_begun(OutcomeKind::Error, reason, why),
             Ending::Lost => TaskEnd::never_begun(OutcomeKind::Lost, reason, why),
         }

@@ -45,7 +45,7 @@ mod relay;
 
 use calls::{begin_in_order, keep, release, signal, start};
 use events::watch_session;
-pub(crate) use messages::{LinkOptions, Opened, Order, Put, Report};
+pub(crate) use messages::{LinkOptions, Opened, Order, Put, Report, Sending};
 use open::{Attempt, OpenError};
 
 /// The driver's end of a link.
@@ -332,7 +332,10 @@ impl Loop {
                     let reason = if gone { Reason::LeaseExpired } else { Reason::Unreachable };
                     return Err(Break::Session { why: format!("{place}: {why}"), reason });
                 }
-                Ok(Err(OpenError::Again(why))) => last = why,
+                Ok(Err(OpenError::Again(why))) => {
+                    self.report(Report::AttemptFailed { why: why.clone() }).await;
+                    last = why;
+                }
             }
             if self.world.clock.now() + pause >= deadline {
                 let took = spoken(self.world.clock.now().saturating_duration_since(begin));
@@ -461,7 +464,7 @@ impl Loop {
             // There is a session: nothing to do.
             Order::Connect => {}
             Order::Close => return Err(Break::Close),
-            Order::Upload { task, uploads } => bulk.upload(task, uploads),
+            Order::Upload { task, uploads, sending } => bulk.upload(task, uploads, sending),
             Order::Release { task } => {
                 lock(&shared.progress).remove(&task);
                 attempts.remove(&task);

@@ -80,7 +80,8 @@ pub struct Outcome {
     pub results: PathBuf,
     /// What went wrong here while its results were written; the task ended as it says nevertheless.
     pub results_error: Option<String>,
-    /// The task that made this one fail by breaking a barrier that it waited at: this one is a *follower*.
+    /// The task whose failure made this one fail or kept it from running, by breaking a barrier that it waited at, by
+    /// draining its stream, or because the test fails fast: this one is a *follower*.
     pub caused_by: Option<CausedBy>,
 }
 
@@ -88,7 +89,7 @@ pub struct Outcome {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[non_exhaustive]
 pub struct CausedBy {
-    /// The task that broke the barrier.
+    /// The task that failed.
     pub task_id: TaskId,
     /// That task as text, such as `server/1-netserver`.
     pub task: String,
@@ -109,13 +110,14 @@ impl Outcome {
         self.kind == OutcomeKind::Passed
     }
 
-    /// Whether this end was expected: a stop and a cancellation always are, an error and a loss never.
+    /// Whether this end was expected: a stop and a cancellation on request always are, an error and a loss never, nor what
+    /// follows the failure of another task.
     #[must_use]
     pub fn is_expected(&self) -> bool {
-        self.kind.is_expected(self.expectation)
+        !self.reason.is_consequence() && self.kind.is_expected(self.expectation)
     }
 
-    /// Whether it only failed because another task broke its barrier.
+    /// Whether it only failed, or did not run, because of another task's failure.
     #[must_use]
     pub fn is_follower(&self) -> bool {
         self.caused_by.is_some()
@@ -215,8 +217,10 @@ impl Outcome {
             text += ": ";
             text += &printable(self.detail.as_bytes(), limits::TEXT_BYTES_MAX);
         }
-        if let Some(cause) = &self.caused_by {
-            text += &format!(", because {} broke its barrier", cause.task);
+        if let Some(cause) = &self.caused_by
+            && !self.reason.is_consequence()
+        {
+            text += &format!(", because of {}", cause.task);
         }
         if self.is_expected() && self.expectation == Expectation::Fail && !self.passed() {
             text += ", as expected";
@@ -268,7 +272,7 @@ fn read_bounded(path: &Path, limit: u64) -> String {
 pub struct Failure {
     /// The task that ended unexpectedly by itself.
     pub outcome: Arc<Outcome>,
-    /// Tasks that ended unexpectedly because this one broke their barriers.
+    /// Tasks that ended unexpectedly because this one did: it broke their barriers, drained their stream or ended the test.
     pub followers: Vec<Arc<Outcome>>,
 }
 

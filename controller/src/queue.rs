@@ -168,12 +168,20 @@ pub(crate) struct Queue {
     /// The task that was handed over last in this session; zero when none was.
     last_put: u32,
     window: usize,
+    /// Whether nothing is handed over before everything before it has ended.
+    one_at_a_time: bool,
 }
 
 impl Queue {
-    /// An empty queue that hands over at most `window` tasks ahead.
+    /// An empty queue that prepares at most `window` tasks ahead, and hands over as many.
     pub(crate) fn new(window: usize) -> Self {
-        Self { entries: VecDeque::new(), session: Session::Closed, last_put: 0, window }
+        Self { entries: VecDeque::new(), session: Session::Closed, last_put: 0, window, one_at_a_time: false }
+    }
+
+    /// The same for a stream that drains: nobody could tell a task that was under way to the host when the one before it
+    /// failed from one that was scheduled after that, so each is handed over when all before it have ended.
+    pub(crate) fn draining(window: usize) -> Self {
+        Self { one_at_a_time: true, ..Self::new(window) }
     }
 
     /// Whether every task is over.
@@ -317,7 +325,7 @@ impl Queue {
         if self.remove(number).is_none() || !drains {
             return;
         }
-        // Those that were handed over are the host's to drain. They stand in front: the rest is cut off behind them.
+        // One that was handed over nevertheless is the host's to drain. Those stand in front: the rest is cut off.
         let kept = self.entries.iter().take_while(|entry| entry.is_handed_over()).count();
         for entry in self.entries.drain(kept..) {
             actions.push(Action::Finish { number: entry.number, ending: Ending::Drained });
@@ -364,6 +372,7 @@ impl Queue {
             }
             Session::Up => {
                 let mut in_order = true;
+                let one_at_a_time = self.one_at_a_time;
                 for entry in self.entries.iter_mut().take(self.window) {
                     match entry.life {
                         Life::Waiting => {
@@ -379,7 +388,7 @@ impl Queue {
                         }
                         _ => {}
                     }
-                    in_order &= entry.life >= Life::Put;
+                    in_order &= entry.life >= Life::Put && !one_at_a_time;
                 }
             }
             _ => {}
@@ -422,7 +431,8 @@ impl Queue {
         let handed_over = self.entries.iter().take_while(|entry| entry.is_handed_over()).count();
         let all = self.entries.iter().filter(|entry| entry.is_handed_over()).count();
         assert_eq!(handed_over, all, "what was handed over stands in front: {:?}", self.entries);
-        assert!(handed_over <= self.window, "the window is kept");
+        let ahead = if self.one_at_a_time { 1 } else { self.window };
+        assert!(handed_over <= ahead, "the window is kept");
         if matches!(self.session, Session::Closed | Session::Opening) {
             assert_eq!(handed_over, 0, "nothing is handed over without a session");
             assert!(self.session != Session::Closed || self.entries.is_empty(), "work asks for a session");

@@ -85,6 +85,17 @@ impl Stream {
         Box::pin(async move { outcomes_of(&tasks).await.into_iter().map(expected).collect() })
     }
 
+    /// What came of the tasks of this stream that have ended, in their order, as a JSON list of outcomes.
+    ///
+    /// # Panics
+    /// Never: outcomes have no values that JSON has not.
+    #[must_use]
+    pub fn results(&self) -> serde_json::Value {
+        let outcomes = self.core.outcomes_of(self.name());
+        let outcomes: Vec<&Outcome> = outcomes.iter().map(AsRef::as_ref).collect();
+        serde_json::to_value(outcomes).expect("outcomes are plain data")
+    }
+
     /// Schedules a block, ships its files and creates its process, and holds it there: starting it is one message. It
     /// holds its place in the stream.
     pub fn prepare(&self, block: impl Into<Block>) -> Prepared {

@@ -41,9 +41,8 @@ use crate::{
         host::{Subscription, SyncHost},
         topic::{Content, Value},
     },
-    task::Task,
+    task::{Running, Task},
 };
-use shared::free_name;
 
 /// A name or an index of a stream.
 pub trait StreamKey: sealed::Sealed {}
@@ -200,20 +199,30 @@ impl Streams {
         self.core.shared.lock().counts.iter().filter(|&&count| count > 0).count()
     }
 
-    /// Runs a single block somewhere, in a stream of its own.
+    /// Runs a single block in a stream of its own, and returns at once. Blocks that are run like this wait for nobody.
+    ///
+    /// `place` is the name of a defined stream, whose definition the new stream takes, or a definition in one line, such
+    /// as `tls://foo.example.com:7433`. The new stream is called after the place and counted: `server.1`, `server.2`,
+    /// `foo.example.com.1`, and `local.1` on this machine.
     ///
     /// # Errors
-    /// When the URL is not valid.
+    /// When `place` is neither.
     pub fn run_bg(&self, place: impl AsRef<str>, block: impl Into<Block>) -> Result<Task, StreamError> {
-        let mut number = self.len();
-        loop {
-            let name = free_name(&self.core.shared.lock(), number);
-            match self.add(name.as_str(), place.as_ref()) {
-                // Another thread took the name.
-                Err(StreamError::Taken { .. }) => number += 1,
-                added => return added.map(|stream| stream.run_bg(block)),
-            }
-        }
+        let stream = self.core.single(place.as_ref())?;
+        Ok(self.stream(stream).run_bg(block))
+    }
+
+    /// As [`Streams::run_bg`], and gives the outcome.
+    ///
+    /// # Errors
+    /// When `place` is neither a defined stream nor a definition. The result itself is an error when the task ended
+    /// unexpectedly.
+    ///
+    /// # Cancel safety
+    /// Dropping the result does not cancel the task.
+    pub fn run_fg(&self, place: impl AsRef<str>, block: impl Into<Block>) -> Result<Running, StreamError> {
+        let stream = self.core.single(place.as_ref())?;
+        Ok(self.stream(stream).run_fg(block))
     }
 
     /// Waits until all tasks of all streams have ended.

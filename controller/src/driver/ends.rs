@@ -10,6 +10,7 @@ use tracing::{debug, warn};
 
 use super::{
     Driver, Input, StreamState, Work,
+    cut::Cut,
     scribe::{Finish, Written, with_causes},
 };
 use crate::{
@@ -32,19 +33,29 @@ impl Driver {
         if std::mem::replace(&mut work.told, true) {
             return;
         }
-        let unexpected = !end.is_expected(work.shared.expectation);
+        // Nobody else should be told that a task is to blame which only follows another's failure.
+        let unexpected = !end.is_expected(work.shared.expectation) && !end.reason.is_consequence();
         if unexpected && let Some(culprit) = self.setup.sync.broken_by(task) {
             work.caused_by = culprit.task().map(|task| CausedBy::new(task, culprit.label.to_string()));
         }
-        let fate = TaskFate { unexpected, sentence: fate(end), last_line: end.last_lines.last().cloned() };
+        if unexpected && work.caused_by.is_none() && work.cut == Some(Cut::FailFast) {
+            // It failed on its own between the order to stop and its arrival: of what the first failure has set off.
+            work.caused_by = self.first_failure.as_ref().map(|(cause, _)| cause.clone());
+        }
+        let sentence = fate(end);
+        if unexpected {
+            self.note_failure(task, &sentence);
+        }
+        let fate = TaskFate { unexpected, sentence, last_line: end.last_lines.last().cloned() };
         self.setup.sync.task_ended(task, fate);
     }
 
     /// The end of a task is decided: its files are completed.
-    pub(super) fn complete(&mut self, task: TaskId, end: TaskEnd, problem: Option<String>) {
+    pub(super) fn complete(&mut self, task: TaskId, mut end: TaskEnd, problem: Option<String>) {
         if self.works.get(&task).is_none_or(|work| work.finishing) {
             return;
         }
+        self.settle_cause(task, &mut end);
         self.tell_end(task, &end);
         let Some(work) = self.works.get_mut(&task) else { return };
         work.finishing = true;
@@ -131,7 +142,7 @@ impl Driver {
                 Some(end) => {
                     (end, Some("the streams were closed before everything of it had arrived".to_owned()))
                 }
-                None if work.at_deadline => (
+                None if work.cut == Some(Cut::Deadline) => (
                     TaskEnd::never_begun(OutcomeKind::TimedOut, Reason::TestDeadline, self.deadline_text()),
                     None,
                 ),

@@ -8,6 +8,7 @@ use millstream_common::{
 use super::{Driver, LinkPhase, advance};
 use crate::{
     link::{Order, Report},
+    outcome::CausedBy,
     queue::Event,
     task::Stage,
 };
@@ -17,7 +18,7 @@ impl Driver {
         match report {
             Report::Opened(opened) => {
                 self.links[link].opened = *opened;
-                self.links[link].phase = LinkPhase::Up;
+                self.links[link].enter(LinkPhase::Up, self.setup.world.clock.now());
                 self.links[link].lost = None;
                 for stream in self.links[link].streams.clone() {
                     self.write_stream(stream);
@@ -27,6 +28,7 @@ impl Driver {
             Report::Suspended => self.session_changed(link, LinkPhase::Suspended, Event::SessionSuspended),
             Report::Resumed => self.session_changed(link, LinkPhase::Up, Event::SessionResumed),
             Report::Lost { why, reason } => self.lost(link, why, reason),
+            Report::AttemptFailed { why } => self.links[link].trouble = Some(why),
             Report::Clock(clock) => self.links[link].opened.clock = clock,
             Report::Uploaded { task, result } => self.uploaded(task, result),
             Report::Accepted { task } => self.of_task(task, |number| Event::Accepted { number }),
@@ -45,7 +47,7 @@ impl Driver {
                 self.links[link].link.order(Order::Release { task });
             }
             Report::Closed { left_behind } => {
-                self.links[link].phase = LinkPhase::Closed;
+                self.links[link].enter(LinkPhase::Closed, self.setup.world.clock.now());
                 self.left_behind.extend(left_behind);
                 if self.links.iter().all(|link| link.phase == LinkPhase::Closed) {
                     self.finish_remaining();
@@ -55,14 +57,14 @@ impl Driver {
     }
 
     pub(super) fn session_changed(&mut self, link: usize, phase: LinkPhase, event: Event) {
-        self.links[link].phase = phase;
+        self.links[link].enter(phase, self.setup.world.clock.now());
         for stream in self.links[link].streams.clone() {
             self.feed(stream, event);
         }
     }
 
     pub(super) fn lost(&mut self, link: usize, why: String, reason: Reason) {
-        self.links[link].phase = LinkPhase::Idle;
+        self.links[link].enter(LinkPhase::Idle, self.setup.world.clock.now());
         self.links[link].lost = Some((why.clone(), reason));
         let streams = self.links[link].streams.clone();
         // Tasks that had ended there: only what they left is missing.
@@ -89,6 +91,9 @@ impl Driver {
     }
 
     pub(super) fn uploaded(&mut self, task: TaskId, result: Result<(), String>) {
+        if let Some(work) = self.works.get_mut(&task) {
+            work.sending = None;
+        }
         match result {
             Ok(()) => self.of_task(task, |number| Event::Prepared { number }),
             Err(why) => {
@@ -108,7 +113,7 @@ impl Driver {
 
     pub(super) fn began(&mut self, task: TaskId, link: usize, phase: Option<Phase>, time_ns: u64) {
         let Some(work) = self.works.get_mut(&task) else { return };
-        work.phase = phase;
+        work.phase = phase.map(|phase| (phase, self.setup.world.clock.now()));
         work.request = None;
         let time_ns = self.links[link].opened.clock.to_controller(time_ns);
         advance(&work.shared, Stage::Began { time_ns });
@@ -118,21 +123,24 @@ impl Driver {
     }
 
     pub(super) fn ended(&mut self, task: TaskId, mut end: TaskEnd) {
-        let Some(work) = self.works.get_mut(&task) else { return };
-        if work.end.is_some() || work.finishing {
+        if self.works.get(&task).is_none_or(|work| work.end.is_some() || work.finishing) {
             return;
         }
-        if end.reason == Reason::TestDeadline {
-            // A stop that the test's user asked for is no failure; this one is.
-            end.outcome = OutcomeKind::TimedOut;
-        }
-        let drains = work.drains && !end.is_expected(work.shared.expectation);
+        self.settle_cause(task, &mut end);
+        let Some(work) = self.works.get_mut(&task) else { return };
+        // What follows another's failure cancels nobody: whoever failed has done so.
+        let fails = !end.is_expected(work.shared.expectation) && !end.reason.is_consequence();
+        let drains = work.drains && fails;
+        let path = work.path();
         work.request = None;
         let number = work.shared.stream_number;
         let stream = work.stream;
         self.tell_end(task, &end);
         if let Some(work) = self.works.get_mut(&task) {
             work.end = Some(end);
+        }
+        if drains && let Some(state) = self.streams.get_mut(&stream) {
+            state.drained_by = Some(CausedBy::new(task, path));
         }
         self.feed(stream, Event::Ended { number, drains });
     }

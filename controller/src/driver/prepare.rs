@@ -18,7 +18,7 @@ use crate::{
         Block, BlockError,
         compile::{Surroundings, Upload},
     },
-    link::Order,
+    link::{Order, Sending},
     queue::Event,
     task::TaskShared,
     topology,
@@ -85,7 +85,9 @@ impl Driver {
                 if uploads.is_empty() {
                     self.feed(stream, Event::Prepared { number });
                 } else if let Some(state) = self.streams.get(&stream) {
-                    self.links[state.link].link.order(Order::Upload { task, uploads });
+                    let sending = Arc::new(Sending::of(&uploads));
+                    work.sending = Some(Arc::clone(&sending));
+                    self.links[state.link].link.order(Order::Upload { task, uploads, sending });
                 }
             }
             Err(error) => {

@@ -43,6 +43,10 @@ struct FakeShared {
     /// Refuses every dial.
     unreachable: AtomicBool,
     forgets: AtomicBool,
+    /// Somebody else has the host.
+    reserved: AtomicBool,
+    /// Takes no more of a file than its first piece.
+    stalls: AtomicBool,
 }
 
 #[derive(Debug, Default)]
@@ -209,6 +213,9 @@ impl AgentService for Fake {
         if resume && self.shared.forgets.load(Ordering::SeqCst) {
             return Err(Status::failed_precondition("session unknown"));
         }
+        if self.shared.reserved.load(Ordering::SeqCst) {
+            return Err(Status::resource_exhausted("the host is reserved by alice (nightly) for 5.0 s"));
+        }
         let mut state = self.lock();
         state.epoch += 1;
         Ok(Response::new(v1::OpenSessionResponse {
@@ -250,6 +257,10 @@ impl AgentService for Fake {
         request: Request<Streaming<v1::UploadBlobRequest>>,
     ) -> Result<Response<v1::UploadBlobResponse>, Status> {
         let mut pieces = request.into_inner();
+        if self.shared.stalls.load(Ordering::SeqCst) {
+            pieces.message().await?;
+            return std::future::pending().await;
+        }
         while pieces.message().await?.is_some() {}
         Ok(Response::new(v1::UploadBlobResponse { existed: false }))
     }
@@ -442,6 +453,8 @@ fn lab() -> Lab {
         .unwrap();
     Lab { fake, streams, results }
 }
+
+mod explaining;
 
 fn word(word: &str) -> Block {
     exec([word])

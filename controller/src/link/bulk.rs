@@ -16,7 +16,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Status};
 
 use super::{
-    Client, Connection, Report, Reports, Shared,
+    Client, Connection, Report, Reports, Sending, Shared,
     events::{Wanted, record, settle},
     lock,
     open::{OpenError, dial},
@@ -83,11 +83,11 @@ impl Bulk {
     }
 
     /// Begins to bring blobs to the host.
-    pub(super) fn upload(&mut self, task: TaskId, uploads: Vec<Upload>) {
+    pub(super) fn upload(&mut self, task: TaskId, uploads: Vec<Upload>, sending: Arc<Sending>) {
         self.tidy();
         let parts = Arc::clone(&self.shared);
         self.jobs.spawn(async move {
-            let result = parts.upload(uploads).await;
+            let result = parts.upload(uploads, &sending).await;
             (parts.reports)(Report::Uploaded { task, result }).await;
         });
     }
@@ -269,10 +269,12 @@ impl Parts {
     }
 
     /// Brings what is missing of these blobs to the host.
-    async fn upload(&self, uploads: Vec<Upload>) -> Result<(), String> {
+    async fn upload(&self, uploads: Vec<Upload>, sending: &Arc<Sending>) -> Result<(), String> {
         // One task at a time asks and sends: the next one finds what this one brought.
         let mut there = self.blobs.lock().await;
-        let wanted: Vec<&Upload> = uploads.iter().filter(|upload| !there.contains(&upload.digest)).collect();
+        let (known, wanted): (Vec<&Upload>, Vec<&Upload>) =
+            uploads.iter().partition(|upload| there.contains(&upload.digest));
+        known.iter().for_each(|upload| sending.arrived(upload.size_bytes));
         for some in wanted.chunks(limits::BLOBS_COUNT_MAX) {
             let missing = loop {
                 let (connection, client) = self.connection().await;
@@ -282,12 +284,19 @@ impl Parts {
                     Err(Failed::Refused(why)) => return Err(why),
                 }
             };
-            for upload in some.iter().filter(|upload| missing.contains(&upload.digest.to_string())) {
+            for upload in some {
+                if !missing.contains(&upload.digest.to_string()) {
+                    sending.arrived(upload.size_bytes);
+                    continue;
+                }
                 let _permit = self.uploads.acquire().await;
                 loop {
                     let (connection, client) = self.connection().await;
-                    match send(upload, &connection, client).await {
-                        Ok(()) => break,
+                    match send(upload, &connection, client, sending).await {
+                        Ok(()) => {
+                            sending.arrived(0);
+                            break;
+                        }
                         Err(Failed::Connection) => self.drop_connection(&connection).await,
                         Err(Failed::Refused(why)) => return Err(why),
                     }
@@ -312,7 +321,13 @@ async fn find_missing(
 }
 
 /// Sends one blob.
-async fn send(upload: &Upload, connection: &Connection, mut client: Client) -> Result<(), Failed> {
+async fn send(
+    upload: &Upload,
+    connection: &Connection,
+    mut client: Client,
+    sending: &Arc<Sending>,
+) -> Result<(), Failed> {
+    let sending = Arc::clone(sending);
     let (pieces, receiver) = mpsc::channel(PIECES_AHEAD);
     let first = v1::UploadBlobRequest {
         session: Some(connection.session.key()),
@@ -321,8 +336,12 @@ async fn send(upload: &Upload, connection: &Connection, mut client: Client) -> R
         data: Bytes::new(),
     };
     let reading = match upload.source.clone() {
-        UploadSource::Bytes(bytes) => tokio::spawn(async move { send_bytes(first, bytes, &pieces).await }),
-        UploadSource::Path(path) => tokio::task::spawn_blocking(move || send_file(first, path, &pieces)),
+        UploadSource::Bytes(bytes) => {
+            tokio::spawn(async move { send_bytes(first, bytes, &pieces, &sending).await })
+        }
+        UploadSource::Path(path) => {
+            tokio::task::spawn_blocking(move || send_file(first, path, &pieces, &sending))
+        }
     };
     let answered = client.upload_blob(ReceiverStream::new(receiver)).await;
     // Dropping the call has closed the channel: the reader ends. What went wrong here explains what the host said.
@@ -336,10 +355,12 @@ async fn send_bytes(
     first: v1::UploadBlobRequest,
     mut bytes: Bytes,
     pieces: &mpsc::Sender<v1::UploadBlobRequest>,
+    sending: &Sending,
 ) -> Result<(), String> {
     let mut message = first;
     loop {
         message.data = bytes.split_to(bytes.len().min(limits::CHUNK_BYTES));
+        sending.piece(message.data.len());
         if pieces.send(message).await.is_err() || bytes.is_empty() {
             return Ok(());
         }
@@ -351,6 +372,7 @@ fn send_file(
     first: v1::UploadBlobRequest,
     path: PathBuf,
     pieces: &mpsc::Sender<v1::UploadBlobRequest>,
+    sending: &Sending,
 ) -> Result<(), String> {
     let failed = |error: std::io::Error| format!("failed to read `{}`: {error}", path.display());
     let mut file = std::fs::File::open(&path).map_err(failed)?;
@@ -360,6 +382,7 @@ fn send_file(
         let length = u64::try_from(limits::CHUNK_BYTES).unwrap_or(u64::MAX);
         (&mut file).take(length).read_to_end(&mut data).map_err(failed)?;
         let is_last = data.len() < limits::CHUNK_BYTES;
+        sending.piece(data.len());
         message.data = data.into();
         if pieces.blocking_send(message).is_err() || is_last {
             return Ok(());

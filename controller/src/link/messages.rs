@@ -1,6 +1,12 @@
 //! What a driver and a link say to each other.
 
-use std::time::Duration;
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU64, AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
 
 use millstream_common::{
     id::TaskId,
@@ -16,7 +22,7 @@ pub(crate) enum Order {
     /// Open a session, unless one is open or being opened.
     Connect,
     /// Bring these blobs to the host if it lacks them.
-    Upload { task: TaskId, uploads: Vec<Upload> },
+    Upload { task: TaskId, uploads: Vec<Upload>, sending: Arc<Sending> },
     /// Hand a task over.
     Put(Box<Put>),
     /// Act on a task.
@@ -25,6 +31,45 @@ pub(crate) enum Order {
     Release { task: TaskId },
     /// Close the session and end.
     Close,
+}
+
+/// How much of a task's files has come to its host: for people who ask while they are under way.
+#[derive(Debug)]
+pub(crate) struct Sending {
+    /// Number of files.
+    pub(crate) files_count: usize,
+    /// Their length together.
+    pub(crate) bytes: u64,
+    files_there: AtomicUsize,
+    bytes_there: AtomicU64,
+}
+
+impl Sending {
+    pub(crate) fn of(uploads: &[Upload]) -> Self {
+        Self {
+            files_count: uploads.len(),
+            bytes: uploads.iter().map(|upload| upload.size_bytes).sum(),
+            files_there: AtomicUsize::new(0),
+            bytes_there: AtomicU64::new(0),
+        }
+    }
+
+    /// A piece of a file was sent.
+    pub(crate) fn piece(&self, length: usize) {
+        self.bytes_there.fetch_add(u64::try_from(length).unwrap_or(u64::MAX), Ordering::Relaxed);
+    }
+
+    /// A file is there; `unsent` bytes of it did not have to be sent.
+    pub(crate) fn arrived(&self, unsent: u64) {
+        self.files_there.fetch_add(1, Ordering::Relaxed);
+        self.bytes_there.fetch_add(unsent, Ordering::Relaxed);
+    }
+
+    /// Files and bytes that are there, at most as many as there are: a file that is sent again counts once.
+    pub(crate) fn so_far(&self) -> (usize, u64) {
+        let bytes = self.bytes_there.load(Ordering::Relaxed);
+        (self.files_there.load(Ordering::Relaxed), bytes.min(self.bytes))
+    }
 }
 
 /// A task to be handed over.
@@ -48,6 +93,8 @@ pub(crate) enum Report {
     Resumed,
     /// No session: it could not be opened, or it is over.
     Lost { why: String, reason: Reason },
+    /// An attempt to reach the host failed, and is made again.
+    AttemptFailed { why: String },
     /// The clock of the host was measured.
     Clock(HostClock),
     /// The blobs are there, or cannot be.

@@ -7,7 +7,10 @@ use super::*;
 
 /// The only caller of the room's API: plays a script and compares the transcript.
 fn check(window: usize, script: &[Event], expected: Expect) {
-    let mut queue = Queue::new(window);
+    check_with(Queue::new(window), script, expected);
+}
+
+fn check_with(mut queue: Queue, script: &[Event], expected: Expect) {
     let mut transcript = String::new();
     for &event in script {
         let mut actions = Vec::new();
@@ -211,9 +214,9 @@ fn a_lost_session_loses_what_was_handed_over_and_no_more() {
 }
 
 #[test]
-fn a_draining_stream_cancels_what_the_host_has_not() {
-    check(
-        2,
+fn a_draining_stream_hands_over_one_at_a_time_and_cancels_the_rest() {
+    check_with(
+        Queue::draining(2),
         &[
             Event::SessionOpened,
             scheduled(1),
@@ -222,6 +225,8 @@ fn a_draining_stream_cancels_what_the_host_has_not() {
             prepared(1),
             prepared(2),
             Event::Ended { number: 1, drains: true },
+            scheduled(4),
+            prepared(4),
         ],
         expect![[r#"
             SessionOpened -> nothing
@@ -229,8 +234,10 @@ fn a_draining_stream_cancels_what_the_host_has_not() {
             Scheduled(2, held: false) -> Prepare(2)
             Scheduled(3, held: false) -> nothing
             Prepared(1) -> Put(1, after 0, held: false)
-            Prepared(2) -> Put(2, after 1, held: false)
-            Ended(1, drains: true) -> Finish(3, ending: Drained)
+            Prepared(2) -> nothing
+            Ended(1, drains: true) -> Finish(2, ending: Drained), Finish(3, ending: Drained)
+            Scheduled(4, held: false) -> Prepare(4)
+            Prepared(4) -> Put(4, after 1, held: false)
         "#]],
     );
 }
@@ -294,8 +301,8 @@ fn any_event() -> impl Strategy<Value = (u8, u32, bool)> {
 proptest! {
     /// A host that is fed by the queue sees every task at most once a session, in order, and every task ends.
     #[test]
-    fn the_host_sees_each_task_once_and_in_order(script in prop::collection::vec(any_event(), 0..200), window in 1..5_usize) {
-        let mut queue = Queue::new(window);
+    fn the_host_sees_each_task_once_and_in_order(script in prop::collection::vec(any_event(), 0..200), window in 1..5_usize, draining in any::<bool>()) {
+        let mut queue = if draining { Queue::draining(window) } else { Queue::new(window) };
         let mut next = 0;
         let mut ended = std::collections::BTreeSet::new();
         let mut put = Vec::new();

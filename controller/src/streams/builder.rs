@@ -49,6 +49,7 @@ pub struct StreamsBuilder {
     results: Option<PathBuf>,
     layout: Layout,
     strict: bool,
+    fails_fast: bool,
     deadline: Duration,
     lease: Duration,
     on_log: Vec<OnLog>,
@@ -89,6 +90,7 @@ impl StreamsBuilder {
             results: None,
             layout: Layout::default(),
             strict: false,
+            fails_fast: false,
             deadline: limits::TEST_DEADLINE,
             lease: limits::LEASE,
             on_log: Vec::new(),
@@ -157,6 +159,13 @@ impl StreamsBuilder {
     /// Streams that nobody defined are errors. Otherwise they are defined on first use, on this machine.
     pub fn strict(mut self) -> Self {
         self.strict = true;
+        self
+    }
+
+    /// The first task that ends unexpectedly ends the test: what has not begun is cancelled, what runs is stopped, each with
+    /// the reason `fail_fast` and the name of that task. Teardowns still run. Without this call the others go on.
+    pub fn fail_fast(mut self) -> Self {
+        self.fails_fast = true;
         self
     }
 
@@ -262,6 +271,7 @@ impl StreamsBuilder {
             world: self.world.clone(),
             test: test.clone(),
             deadline: self.deadline,
+            fails_fast: self.fails_fast,
             link: LinkOptions { lease: self.lease, exclusive: false, client: client_name(&test) },
             writer: writer.clone(),
             scribe,

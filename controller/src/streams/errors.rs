@@ -46,6 +46,17 @@ pub enum StreamError {
     /// Its definition is not valid.
     #[error(transparent)]
     Definition(#[from] DefineStreamError),
+    /// A single task has no place: it is neither the name of a stream nor a definition.
+    #[error("`{}` is no defined stream{}, and no definition in one line either", place.escape_debug(), nearest.as_ref().map(|word| format!(" (did you mean `{word}`?)")).unwrap_or_default())]
+    NoPlace {
+        /// What was given.
+        place: String,
+        /// The stream that was probably meant.
+        nearest: Option<String>,
+        /// Why it is no definition.
+        #[source]
+        source: DefineStreamError,
+    },
     /// Its definition leads nowhere.
     #[error("stream `{name}`, defined by {origin}: {reason}")]
     Place {

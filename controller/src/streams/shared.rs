@@ -20,7 +20,7 @@ use tokio::sync::watch;
 use super::StreamError;
 use crate::{
     block::Block,
-    definition::{Defaults, Definition},
+    definition::{self, Defaults, DefineStreamError, Definition, Kinds},
     driver::{Handle, Schedule},
     outcome::{Outcome, Report},
     params::{Origin, Params},
@@ -78,6 +78,17 @@ pub(super) struct Registry {
 impl TestShared {
     pub(super) fn lock(&self) -> MutexGuard<'_, Registry> {
         self.registry.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The stream of a name, when it is defined.
+    fn defined(&self, name: &StreamName) -> Option<Arc<StreamShared>> {
+        let registry = self.lock();
+        registry.by_name.get(name).map(|&index| Arc::clone(&registry.streams[index]))
+    }
+
+    /// Outcomes of the tasks of one stream that have ended, in their order.
+    pub(crate) fn outcomes_of(&self, stream: &StreamName) -> Vec<Arc<Outcome>> {
+        self.lock().outcomes.values().filter(|outcome| outcome.stream == *stream).cloned().collect()
     }
 
     /// Every defined stream, in its order.
@@ -229,6 +240,11 @@ impl Core {
         handle
     }
 
+    /// Outcomes of the tasks of one stream that have ended, in their order.
+    pub(crate) fn outcomes_of(&self, stream: &StreamName) -> Vec<Arc<Outcome>> {
+        self.shared.outcomes_of(stream)
+    }
+
     pub(super) fn define(&self, definition: Definition) -> Result<Arc<StreamShared>, StreamError> {
         let mut registry = self.shared.lock();
         self.define_in(&mut registry, definition)
@@ -249,6 +265,49 @@ impl Core {
         registry.counts.push(0);
         self.sync.streams_defined(registry.streams.len());
         Ok(stream)
+    }
+
+    /// A new stream for a single task, at the place of a defined stream or at one that is given in one line.
+    pub(super) fn single(&self, place: &str) -> Result<Arc<StreamShared>, StreamError> {
+        let known = StreamName::new(place).ok().and_then(|name| self.shared.defined(&name));
+        let (base, like) = match known {
+            Some(stream) => (place.to_owned(), stream),
+            None => {
+                let kinds = Kinds { registered: reach::registered() };
+                let parsed = definition::from_url("single", place, Origin::named("the test"), &kinds);
+                let definition = parsed.map_err(|source| self.no_place(place, source))?;
+                let stream = stream_of(definition, 0, &self.reaches)?;
+                (if stream.is_local { "local".to_owned() } else { stream.host.clone() }, Arc::new(stream))
+            }
+        };
+        let mut registry = self.shared.lock();
+        let index = registry.streams.len();
+        let name = counted_name(&registry, &base);
+        let stream = Arc::new(StreamShared {
+            name,
+            index,
+            reach: Arc::clone(&like.reach),
+            host: like.host.clone(),
+            definition: like.definition.clone(),
+            defaults: like.defaults.clone(),
+            is_local: like.is_local,
+            exclusive: like.exclusive,
+        });
+        registry.by_name.insert(stream.name.clone(), index);
+        registry.streams.push(Arc::clone(&stream));
+        registry.counts.push(0);
+        Ok(stream)
+    }
+
+    /// What is wrong with a place that is no definition, and may have been meant as a name.
+    fn no_place(&self, place: &str, source: DefineStreamError) -> StreamError {
+        if place.contains("://") {
+            return source.into();
+        }
+        let registry = self.shared.lock();
+        let names = registry.streams.iter().map(|stream| stream.name.as_str());
+        let nearest = text::nearest(place, names).map(str::to_owned);
+        StreamError::NoPlace { place: place.to_owned(), nearest, source }
     }
 
     /// The stream at an index; those that are missing before it are defined on the way.
@@ -285,6 +344,21 @@ impl Core {
             return Err(StreamError::Unknown { name, known: known.join(", "), nearest });
         }
         self.define_in(&mut registry, Definition::local(name, Origin::named("the test")))
+    }
+}
+
+/// The first free name of a place's single tasks: `server.1`, `server.2`.
+fn counted_name(registry: &Registry, base: &str) -> StreamName {
+    // Names of hosts are no longer than this, and some reaches describe theirs by a path.
+    let is_plain = |c: char| c.is_alphanumeric() || matches!(c, '-' | '_' | '.');
+    let base: String = base.chars().map(|c| if is_plain(c) { c } else { '_' }).take(64).collect();
+    let mut number = 1_u64;
+    loop {
+        let parsed = StreamName::new(format!("{base}.{number}")).expect("its characters are valid in names");
+        if !registry.by_name.contains_key(&parsed) {
+            return parsed;
+        }
+        number += 1;
     }
 }
 

@@ -276,6 +276,13 @@ impl SyncHost {
         self.lock().board.broken_by(task).cloned()
     }
 
+    /// Where a task waits, for how long and for whom, as the rest of a sentence about it; none when it waits nowhere.
+    #[must_use]
+    pub fn waiting(&self, task: TaskId) -> Option<String> {
+        let now = self.now();
+        self.lock().board.waiting(task, now)
+    }
+
     /// Every decided meeting and every topic, for the results.
     #[must_use]
     pub fn records(&self) -> SyncRecords {

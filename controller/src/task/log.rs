@@ -91,6 +91,11 @@ impl TaskLog {
         self.count.send_replace(count);
     }
 
+    /// The newest line.
+    pub(crate) fn last(&self) -> Option<LogLine> {
+        self.lock().kept.back().cloned()
+    }
+
     /// A line that matches: one that is kept, or the next one to come.
     pub(super) fn matching(&self, pattern: Regex) -> oneshot::Receiver<LogLine> {
         let (sender, receiver) = oneshot::channel();

@@ -32,6 +32,21 @@ impl Board {
             .collect()
     }
 
+    /// Where a task waits, for how long and for whom, as the rest of a sentence about it; none when it waits nowhere.
+    #[must_use]
+    pub fn waiting(&self, task: TaskId, now: Instant) -> Option<String> {
+        let Place { wait, .. } = self.calls.get(self.tasks.get(&task)?.calls.first()?)?;
+        let mut text = self.doing(task, now);
+        if let Wait::Barrier(index) = *wait
+            && let Some((entered, parties)) = self.counts(*wait)
+        {
+            text.push_str(&format!(" ({entered} of {parties} entered)"));
+            let missing = self.missing(&self.barriers[index].barrier, EVIDENCE_COUNT_MAX, now);
+            story::append_missing(&mut text, missing.into_iter());
+        }
+        Some(text)
+    }
+
     /// Ends every wait that can no longer be met. Each round ends at least one, so it comes to an end.
     pub(super) fn end_hopeless(&mut self, now: Instant, actions: &mut Vec<Action>) {
         loop {
