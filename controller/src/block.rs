@@ -5,10 +5,12 @@
 //! none of the kinds listed here: [`compile`] turns each into files, phases and an environment.
 
 pub(crate) mod builder;
+mod class;
 pub(crate) mod command;
 pub(crate) mod compile;
 pub(crate) mod function;
 pub(crate) mod payload;
+pub(crate) mod reference;
 
 use std::{collections::BTreeMap, fmt, path::PathBuf, time::Duration};
 
@@ -17,16 +19,17 @@ use millstream_common::{
     spec::{Expectation, ResourceLimits},
 };
 
-use self::function::Call;
+use self::{class::PythonFile, function::Call, reference::Unresolved};
 pub use self::{
     command::{Command, exec, python, script, shell},
     compile::BlockError,
+    reference::{BlockReference, Resolution, ResolveError, Resolver, Tried, UnclosedQuote, reference},
 };
 
-/// A piece of code to run in a stream: shell text, a program, Python, a script file or a Rust function.
+/// A piece of code to run in a stream: shell text, a program, Python, a script file, a class or a Rust function.
 ///
-/// Made by [`shell`], [`exec`], [`python`], [`script`] or a function with `#[millstream::block]`; refined by the methods
-/// below, each of which takes the block and gives it back.
+/// Made by [`shell`], [`exec`], [`python`], [`script`], [`reference`](reference()) or a function with
+/// `#[millstream::block]`; refined by the methods below, each of which takes the block and gives it back.
 #[derive(Clone)]
 #[must_use = "a block does nothing until a stream runs it"]
 pub struct Block {
@@ -54,8 +57,10 @@ pub struct Block {
 enum Kind {
     Command(Command),
     Python(String),
-    Script(PathBuf),
+    Script { path: PathBuf, arguments: Vec<String> },
+    PythonFile(PythonFile),
     Function(Call),
+    Reference(Unresolved),
 }
 
 /// One parameter of a block.
@@ -125,8 +130,23 @@ impl Kind {
         match self {
             Self::Command(command) => command.derived_name(),
             Self::Python(text) => BlockName::derived(command::first_line(text)),
-            Self::Script(path) => BlockName::derived(&path.file_stem().unwrap_or_default().to_string_lossy()),
+            Self::Script { path, .. } => {
+                BlockName::derived(&path.file_stem().unwrap_or_default().to_string_lossy())
+            }
+            Self::PythonFile(file) => file.derived_name(),
             Self::Function(call) => BlockName::derived(call.function().name()),
+            Self::Reference(unresolved) => unresolved.derived_name(),
+        }
+    }
+
+    /// As a reference would name it, where one could.
+    fn described(&self) -> String {
+        match self {
+            Self::Script { path, .. } => path.display().to_string(),
+            Self::PythonFile(file) => file.described(),
+            Self::Function(call) => call.function().path().to_owned(),
+            Self::Reference(unresolved) => unresolved.text().to_owned(),
+            Self::Command(_) | Self::Python(_) => self.derived_name().to_string(),
         }
     }
 }
@@ -147,8 +167,9 @@ impl fmt::Debug for Kind {
         match self {
             Self::Command(command) => command.fmt(f),
             Self::Python(text) => write!(f, "python({:?})", command::first_line(text)),
-            Self::Script(path) => write!(f, "script({path:?})"),
+            Self::Script { path, .. } => write!(f, "script({path:?})"),
             Self::Function(call) => write!(f, "{}(…)", call.function().name()),
+            Self::PythonFile(_) | Self::Reference(_) => write!(f, "reference({:?})", self.described()),
         }
     }
 }

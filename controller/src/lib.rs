@@ -66,7 +66,10 @@ pub mod task;
 mod topology;
 
 pub use block::function::{BlockFailure, BlockResult};
-pub use block::{Block, BlockError, Command, exec, python, script, shell};
+pub use block::{
+    Block, BlockError, BlockReference, Command, Resolution, ResolveError, Resolver, exec, python, reference,
+    script, shell,
+};
 pub use context::{BlockContext, ContextError};
 pub use definition::{DefineStreamError, DefinitionFault};
 pub use entry::{EntryError, enter};
@@ -85,7 +88,7 @@ pub use params::{
     SetParamError,
 };
 pub use results::{Layout, WriteResultsError};
-pub use stream::{StartError, Started, Stream, StreamGroup, start_together};
+pub use stream::{Blocks, StartError, Started, Stream, StreamGroup, start_together};
 pub use streams::{CloseError, MeetError, OpenError, Parties, StreamError, Streams, StreamsBuilder};
 pub use task::{LogLine, Logs, Prepared, Ready, ReadyError, Running, Task};
 

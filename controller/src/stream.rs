@@ -68,19 +68,29 @@ impl Stream {
         Running::new(self.run_bg(block))
     }
 
-    /// Schedules several blocks, one after another.
-    pub fn run_all_bg(&self, blocks: impl IntoIterator<Item = Block>) -> Vec<Task> {
-        blocks.into_iter().map(|block| self.run_bg(block)).collect()
+    /// Schedules several blocks, one after another: a list of them, or all that a reference names. References are
+    /// resolved at once, which reads files here; one that names nothing is one task that ends with the outcome `error`.
+    pub fn run_all_bg(&self, blocks: impl Blocks) -> Vec<Task> {
+        let mut tasks = Vec::new();
+        for block in blocks.into_blocks() {
+            let block = block.resolved_by(&self.core.resolvers);
+            match block.expand() {
+                Ok(blocks) => tasks.extend(blocks.into_iter().map(|block| self.run_bg(block))),
+                // It is resolved once more when it is run, and this is what comes of it.
+                Err(_) => tasks.push(self.run_bg(block)),
+            }
+        }
+        tasks
     }
 
-    /// Schedules several blocks, one after another, at once, and gives their outcomes.
+    /// Schedules several blocks, one after another, at once, and gives their outcomes: see [`Stream::run_all_bg`].
     ///
     /// # Errors
     /// The first unexpected end, after all have ended.
     ///
     /// # Cancel safety
     /// Dropping the result does not cancel the tasks.
-    pub fn run_all_fg(&self, blocks: impl IntoIterator<Item = Block>) -> Outcomes {
+    pub fn run_all_fg(&self, blocks: impl Blocks) -> Outcomes {
         let tasks = self.run_all_bg(blocks);
         Box::pin(async move { outcomes_of(&tasks).await.into_iter().map(expected).collect() })
     }
@@ -100,6 +110,24 @@ impl Stream {
     /// holds its place in the stream.
     pub fn prepare(&self, block: impl Into<Block>) -> Prepared {
         Prepared::new(self.core.schedule(&self.shared, block.into(), true, None))
+    }
+}
+
+/// Several blocks: a list of them, or a reference to several.
+pub trait Blocks {
+    /// The blocks, in their order.
+    fn into_blocks(self) -> Vec<Block>;
+}
+
+impl Blocks for Block {
+    fn into_blocks(self) -> Vec<Block> {
+        vec![self]
+    }
+}
+
+impl<I: IntoIterator<Item = Block>> Blocks for I {
+    fn into_blocks(self) -> Vec<Block> {
+        self.into_iter().collect()
     }
 }
 

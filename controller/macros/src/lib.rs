@@ -132,6 +132,7 @@ fn expand(function: &ItemFn) -> syn::Result<Tokens> {
                     ::core::module_path!(), "::", #text, "@", ::core::line!(), ":", ::core::column!()
                 ),
                 name: #text,
+                arguments: &[#(::core::stringify!(#names)),*],
                 run: |context, mut arguments| {
                     let _ = &context;
                     let _ = &mut arguments;

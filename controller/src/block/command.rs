@@ -107,7 +107,7 @@ pub fn python(text: impl Into<String>) -> Block {
 /// A script or program on this host, shipped and executed: its first line must be `#!` and an interpreter, unless it is
 /// a binary. A relative path is taken from the current directory when the block is run.
 pub fn script(path: impl Into<PathBuf>) -> Block {
-    Block::new(Kind::Script(path.into()))
+    Block::new(Kind::Script { path: path.into(), arguments: Vec::new() })
 }
 
 #[cfg(test)]

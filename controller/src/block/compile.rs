@@ -12,13 +12,13 @@ use millstream_common::{
     spec::{BlobDigest, OutputDescriptors, PathError, Phase, PhaseSpec, ResourceLimits, TaskSpec},
 };
 
-use super::{Block, Kind, payload};
+use super::{Block, Kind, payload, reference::ResolveError};
 use crate::definition::Defaults;
 
 mod files;
 
 use files::Collected;
-pub(super) use files::Files;
+pub(super) use files::{Files, host_path};
 
 /// What a block is compiled for: a stream on a host.
 #[derive(Debug, Clone)]
@@ -249,6 +249,9 @@ pub enum BlockError {
         /// Its path.
         path: PathBuf,
     },
+    /// A reference names no block, or several.
+    #[error(transparent)]
+    Reference(#[from] ResolveError),
     /// A Rust function cannot be run elsewhere.
     #[error("the function cannot be run as a block")]
     Function(#[from] payload::PayloadError),
@@ -257,6 +260,9 @@ pub enum BlockError {
 impl Block {
     /// Compiles the block for a stream. Reads files: blocks the thread.
     pub(crate) fn compile(&self, surroundings: &Surroundings) -> Result<Compiled, BlockError> {
+        if let Kind::Reference(_) = &self.kind {
+            return self.the_one()?.compile(surroundings);
+        }
         let name = match &self.name {
             Some(given) => given.clone().map_err(BlockError::Name)?,
             None => self.kind.derived_name(),
@@ -308,7 +314,7 @@ impl Block {
 
     /// Whether compiling reads files, and so may hold its thread.
     pub(crate) fn reads_files(&self) -> bool {
-        !self.files.is_empty() || matches!(self.kind, Kind::Script(_) | Kind::Function(_))
+        !self.files.is_empty() || !matches!(self.kind, Kind::Command(_) | Kind::Python(_))
     }
 
     /// The command of phase `run`, before it is wrapped, and where it finds its outputs.
@@ -325,20 +331,27 @@ impl Block {
                 let no_python = || BlockError::NoPython { host: surroundings.host.clone() };
                 let python = surroundings.python.as_deref().ok_or_else(no_python)?;
                 files.content(PYTHON_FILE, PROGRAM_VARIABLE, Bytes::copy_from_slice(text.as_bytes()))?;
-                // Lines are seen when they are printed, and no compiled modules are left among the results.
-                for variable in ["PYTHONUNBUFFERED", "PYTHONDONTWRITEBYTECODE"] {
-                    environment.entry(variable.to_owned()).or_insert_with(|| "1".to_owned());
-                }
+                python_environment(environment);
                 Ok(Run::plain(shipped_argv(Some(python), PYTHON_FILE, directory)))
             }
-            Kind::Script(path) if self.no_copy => Ok(Run::plain(vec![files::host_path(path)?])),
-            Kind::Script(path) => {
-                let place = files.script(path, PROGRAM_VARIABLE)?;
-                Ok(Run::plain(shipped_argv(None, &place, directory)))
+            Kind::Script { path, arguments } => {
+                let mut argv = if self.no_copy {
+                    vec![host_path(path)?]
+                } else {
+                    shipped_argv(None, &files.script(path, PROGRAM_VARIABLE)?, directory)
+                };
+                argv.extend(arguments.iter().cloned());
+                Ok(Run::plain(argv))
+            }
+            Kind::PythonFile(file) => {
+                let how = (directory, self.no_copy, self.has_more_phases());
+                file.command(surroundings, how, files, environment)
             }
             Kind::Function(call) => {
-                payload::run(call, surroundings, directory, self.has_more_phases(), files, environment)
+                let how = (directory, &self.parameters, self.has_more_phases());
+                payload::run(call, surroundings, how, files, environment)
             }
+            Kind::Reference(_) => unreachable!("`compile` replaces references by what they name"),
         }
     }
 
@@ -354,18 +367,18 @@ impl Block {
         let wrap = if self.wrap.is_empty() { &defaults.wrap } else { &self.wrap };
         let run = run.wrapped(wrap);
         let mut phases = Vec::with_capacity(3);
-        let mut push = |phase, argv: Vec<String>, timeout, output| {
+        let mut push = |phase, run: Run, timeout| {
+            let Run { argv, output, reports_phases } = run;
             check_argv(phase, &argv)?;
-            phases.push(PhaseSpec { phase, argv, timeout, output, reports_phases: false });
+            phases.push(PhaseSpec { phase, argv, timeout, output, reports_phases });
             Ok::<_, BlockError>(())
         };
         if let Some(setup) = &self.setup {
-            push(Phase::Setup, setup.argv(), timeout, OutputDescriptors::Standard)?;
+            push(Phase::Setup, Run::plain(setup.argv()), timeout)?;
         }
-        push(Phase::Run, run.argv, timeout, run.output)?;
+        push(Phase::Run, run, timeout)?;
         if let Some(teardown) = &self.teardown {
-            let limit = Some(limits::TEARDOWN_MAX);
-            push(Phase::Teardown, teardown.argv(), limit, OutputDescriptors::Standard)?;
+            push(Phase::Teardown, Run::plain(teardown.argv()), Some(limits::TEARDOWN_MAX))?;
         }
         Ok(phases)
     }
@@ -377,9 +390,9 @@ impl Block {
             word.starts_with("python") || word.ends_with(".py")
         };
         let in_command = match &self.kind {
-            Kind::Python(_) => true,
+            Kind::Python(_) | Kind::PythonFile(_) => true,
             Kind::Command(command) => command.words().any(is_python),
-            Kind::Script(_) | Kind::Function(_) => false,
+            Kind::Script { .. } | Kind::Function(_) | Kind::Reference(_) => false,
         };
         let beside = self.setup.iter().chain(&self.teardown).any(|command| command.words().any(is_python));
         in_command
@@ -431,17 +444,18 @@ impl Block {
 /// Where Python code is put: no module that somebody imports has this name.
 const PYTHON_FILE: &str = "__block__.py";
 /// Holds the path of the shipped program.
-const PROGRAM_VARIABLE: &str = "MILLSTREAM_PROGRAM";
+pub(super) const PROGRAM_VARIABLE: &str = "MILLSTREAM_PROGRAM";
 
 /// The command of phase `run`.
 pub(super) struct Run {
     pub(super) argv: Vec<String>,
     pub(super) output: OutputDescriptors,
+    pub(super) reports_phases: bool,
 }
 
 impl Run {
-    fn plain(argv: Vec<String>) -> Self {
-        Self { argv, output: OutputDescriptors::Standard }
+    pub(super) fn plain(argv: Vec<String>) -> Self {
+        Self { argv, output: OutputDescriptors::Standard, reports_phases: false }
     }
 
     fn wrapped(self, wrap: &[String]) -> Self {
@@ -455,7 +469,14 @@ impl Run {
             argv.extend(["/bin/sh".to_owned(), "-c".to_owned(), text, "sh".to_owned()]);
         }
         argv.extend(self.argv);
-        Self::plain(argv)
+        Self { argv, output: OutputDescriptors::Standard, reports_phases: self.reports_phases }
+    }
+}
+
+/// Lines are seen when they are printed, and no compiled modules are left among the results.
+pub(super) fn python_environment(environment: &mut BTreeMap<String, String>) {
+    for variable in ["PYTHONUNBUFFERED", "PYTHONDONTWRITEBYTECODE"] {
+        environment.entry(variable.to_owned()).or_insert_with(|| "1".to_owned());
     }
 }
 
@@ -483,7 +504,7 @@ fn parameter_variable(name: &str) -> String {
     format!("MILLSTREAM_PARAM_{}", name.chars().map(upper).collect::<String>())
 }
 
-fn merged(own: ResourceLimits, defaults: ResourceLimits) -> ResourceLimits {
+pub(super) fn merged(own: ResourceLimits, defaults: ResourceLimits) -> ResourceLimits {
     ResourceLimits {
         memory_bytes: own.memory_bytes.or(defaults.memory_bytes),
         pids_count: own.pids_count.or(defaults.pids_count),

@@ -2,12 +2,12 @@
 //!
 //! A function is known by a key that is the same in every process of this program; nothing here runs one.
 
-use std::fmt;
+use std::{collections::BTreeMap, fmt};
 
 use serde::{Serialize, de::DeserializeOwned};
 use serde_json::value::RawValue;
 
-use super::{Block, Kind};
+use super::{Block, Kind, Parameter, payload::PayloadError};
 use crate::context::BlockContext;
 
 /// How a block of Rust ends: `?` takes any error.
@@ -83,6 +83,8 @@ pub struct Function {
     pub key: &'static str,
     /// Name of the function.
     pub name: &'static str,
+    /// Names of the arguments that travel, in their order.
+    pub arguments: &'static [&'static str],
     /// Runs it.
     pub run: fn(&mut BlockContext, Arguments) -> BlockResult,
 }
@@ -90,6 +92,11 @@ pub struct Function {
 impl Function {
     pub(crate) fn name(&self) -> &'static str {
         self.name
+    }
+
+    /// Its module and name.
+    pub(crate) fn path(&self) -> &'static str {
+        self.key.split_once('@').map_or(self.key, |(path, _)| path)
     }
 
     /// The function with a key.
@@ -108,24 +115,37 @@ impl fmt::Debug for Function {
 #[derive(Debug, Clone)]
 pub struct Call {
     function: &'static Function,
+    arguments: Given,
+}
+
+/// Where the arguments of a call come from.
+#[derive(Debug, Clone)]
+enum Given {
     /// Each argument as JSON; or the first that cannot be written, and why.
-    arguments: Result<Vec<Box<RawValue>>, (&'static str, String)>,
+    Values(Result<Vec<Box<RawValue>>, (&'static str, String)>),
+    /// From the block's parameters of the same names.
+    Parameters,
 }
 
 impl Call {
     /// A call without arguments yet.
     #[must_use]
     pub fn new(function: &'static Function) -> Self {
-        Self { function, arguments: Ok(Vec::new()) }
+        Self { function, arguments: Given::Values(Ok(Vec::new())) }
+    }
+
+    /// A call that takes its arguments from the block's parameters.
+    pub(crate) fn by_name(function: &'static Function) -> Self {
+        Self { function, arguments: Given::Parameters }
     }
 
     /// Adds the next argument.
     #[must_use]
     pub fn argument(mut self, name: &'static str, value: &impl Serialize) -> Self {
-        if let Ok(arguments) = &mut self.arguments {
+        if let Given::Values(Ok(arguments)) = &mut self.arguments {
             match serde_json::value::to_raw_value(value) {
                 Ok(value) => arguments.push(value),
-                Err(error) => self.arguments = Err((name, error.to_string())),
+                Err(error) => self.arguments = Given::Values(Err((name, error.to_string()))),
             }
         }
         self
@@ -141,9 +161,30 @@ impl Call {
     }
 
     /// The arguments as one JSON text.
-    pub(crate) fn arguments(&self) -> Result<String, (&'static str, String)> {
-        let arguments = self.arguments.as_ref().map_err(Clone::clone)?;
-        serde_json::to_string(arguments).map_err(|error| ("all arguments", error.to_string()))
+    pub(super) fn arguments(&self, parameters: &BTreeMap<String, Parameter>) -> Result<String, PayloadError> {
+        let function = self.function.name;
+        let unwritable = |argument, reason| PayloadError::Argument { function, argument, reason };
+        let text = match &self.arguments {
+            Given::Values(Err((argument, reason))) => return Err(unwritable(argument, reason.clone())),
+            Given::Values(Ok(arguments)) => serde_json::to_string(arguments),
+            Given::Parameters => {
+                let mut values = Vec::new();
+                for &argument in self.function.arguments {
+                    match parameters.get(argument) {
+                        None => return Err(PayloadError::NoArgument { function, argument }),
+                        Some(Parameter { secret: true, .. }) => {
+                            return Err(PayloadError::SecretArgument { function, argument });
+                        }
+                        Some(Parameter { value: Err(reason), .. }) => {
+                            return Err(unwritable(argument, reason.clone()));
+                        }
+                        Some(Parameter { value: Ok(value), .. }) => values.push(value),
+                    }
+                }
+                serde_json::to_string(&values)
+            }
+        };
+        text.map_err(|error| unwritable("all arguments", error.to_string()))
     }
 }
 
@@ -191,12 +232,13 @@ pub enum ArgumentError {
 mod tests {
     use super::*;
 
-    static NOTHING: Function = Function { key: "nothing", name: "nothing", run: |_, _| Ok(()) };
+    static NOTHING: Function =
+        Function { key: "nothing", name: "nothing", arguments: &["a", "b"], run: |_, _| Ok(()) };
 
     #[test]
     fn arguments_travel_with_their_types() {
         let call = Call::new(&NOTHING).argument("a", &u128::MAX).argument("b", &Some("x")).argument("c", &());
-        let mut arguments = Arguments::parse(&call.arguments().unwrap()).unwrap();
+        let mut arguments = Arguments::parse(&call.arguments(&BTreeMap::new()).unwrap()).unwrap();
         assert_eq!(arguments.next::<u128>("a").unwrap(), u128::MAX);
         assert_eq!(arguments.next::<Option<String>>("b").unwrap().as_deref(), Some("x"));
         arguments.next::<()>("c").unwrap();
@@ -206,8 +248,27 @@ mod tests {
     #[test]
     fn an_argument_that_is_no_json_is_named() {
         let map = std::collections::BTreeMap::from([((1, 2), 3)]);
-        let (name, reason) = Call::new(&NOTHING).argument("map", &map).arguments().unwrap_err();
-        assert_eq!((name, reason.as_str()), ("map", "key must be a string"));
+        let error = Call::new(&NOTHING).argument("map", &map).arguments(&BTreeMap::new()).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "argument `map` of `nothing` cannot be written as JSON: key must be a string"
+        );
+    }
+
+    #[test]
+    fn a_call_by_name_takes_its_arguments_from_the_parameters() {
+        let parameter = |value: i32, secret| Parameter { value: Ok(value.into()), secret };
+        let mut parameters = BTreeMap::from([("b".to_owned(), parameter(2, false))]);
+        let call = Call::by_name(&NOTHING);
+        let told = call.arguments(&parameters).unwrap_err().to_string();
+        assert_eq!(told, "`nothing` takes `a`: give it to the reference with `.param(\"a\", …)`");
+        parameters.insert("a".to_owned(), parameter(1, false));
+        assert_eq!(call.arguments(&parameters).unwrap(), "[1,2]");
+        parameters.insert("a".to_owned(), parameter(1, true));
+        assert_eq!(
+            call.arguments(&parameters).unwrap_err().to_string(),
+            "argument `a` of `nothing` is a secret parameter, and arguments are no secrets: let the function read it with `ctx.param`"
+        );
     }
 
     #[test]

@@ -16,7 +16,7 @@ use millstream_agent::entry::{MOVED_STDERR, MOVED_STDOUT, Role};
 use millstream_common::spec::{BlobDigest, OutputDescriptors};
 
 use super::{
-    BlockError,
+    BlockError, Parameter,
     compile::{Files, Run, Surroundings, shipped_argv},
     function::{Call, Function},
 };
@@ -41,6 +41,24 @@ pub enum PayloadError {
         argument: &'static str,
         /// Why.
         reason: String,
+    },
+    /// A function was named by a reference, and an argument is not among the parameters.
+    #[error("`{function}` takes `{argument}`: give it to the reference with `.param(\"{argument}\", …)`")]
+    NoArgument {
+        /// The function.
+        function: &'static str,
+        /// The argument.
+        argument: &'static str,
+    },
+    /// An argument is a secret.
+    #[error(
+        "argument `{argument}` of `{function}` is a secret parameter, and arguments are no secrets: let the function read it with `ctx.param`"
+    )]
+    SecretArgument {
+        /// The function.
+        function: &'static str,
+        /// The argument.
+        argument: &'static str,
     },
     /// Two functions cannot be told apart.
     #[error("two functions are registered as `{key}`: give one another name")]
@@ -72,17 +90,14 @@ pub enum PayloadError {
 pub(super) fn run(
     call: &Call,
     surroundings: &Surroundings,
-    directory: &str,
-    has_more_phases: bool,
+    (directory, parameters, has_more_phases): (&str, &BTreeMap<String, Parameter>, bool),
     files: &mut Files,
     environment: &mut BTreeMap<String, String>,
 ) -> Result<Run, BlockError> {
     let function = call.function();
     let relaunch = entry::relaunch().map_err(PayloadError::Entry)?;
     check_key(function)?;
-    let unwritable =
-        |(argument, reason)| PayloadError::Argument { function: function.name(), argument, reason };
-    let arguments = call.arguments().map_err(unwritable)?;
+    let arguments = call.arguments(parameters)?;
     files.generated("arguments.json", ARGUMENTS_VARIABLE, Bytes::from(arguments))?;
 
     let program = relaunch.program.to_str();
@@ -107,7 +122,8 @@ pub(super) fn run(
         environment.extend(variables);
     }
     let moved = OutputDescriptors::Moved { stdout: MOVED_STDOUT, stderr: MOVED_STDERR };
-    Ok(Run { argv, output: if relaunch.moved_output { moved } else { OutputDescriptors::Standard } })
+    let output = if relaunch.moved_output { moved } else { OutputDescriptors::Standard };
+    Ok(Run { argv, output, reports_phases: false })
 }
 
 fn check_key(function: &'static Function) -> Result<(), PayloadError> {

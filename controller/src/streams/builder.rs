@@ -16,6 +16,7 @@ use super::{
     shared::{Core, Registry, TestShared, stream_of},
 };
 use crate::{
+    block::{Resolver, reference::Chain},
     definition::{self, DEFAULT_PATH, Definition, Definitions, Kinds},
     driver::{
         self, Driver, Setup,
@@ -54,6 +55,7 @@ pub struct StreamsBuilder {
     lease: Duration,
     on_log: Vec<OnLog>,
     environment: bool,
+    resolvers: Vec<Arc<dyn Resolver>>,
     world: World,
 }
 
@@ -95,6 +97,7 @@ impl StreamsBuilder {
             lease: limits::LEASE,
             on_log: Vec::new(),
             environment: true,
+            resolvers: Vec::new(),
             world: World::system(),
         }
     }
@@ -202,6 +205,13 @@ impl StreamsBuilder {
         Ok(())
     }
 
+    /// Adds a resolver of references: it is asked after those that were added before, and before those that everybody
+    /// has.
+    pub fn resolver(mut self, resolver: impl Resolver + 'static) -> Self {
+        self.resolvers.push(Arc::new(resolver));
+        self
+    }
+
     fn definitions(&self) -> Result<Vec<Definition>, OpenError> {
         let kinds = Kinds { registered: reach::registered() };
         let mut code = Definitions::default();
@@ -303,6 +313,7 @@ impl StreamsBuilder {
             writer,
             reaches,
             strict: self.strict,
+            resolvers: Chain::new(self.resolvers),
             ended: receiver,
         });
         Ok(Streams { core, closed: false })

@@ -19,7 +19,7 @@ use tokio::sync::watch;
 
 use super::StreamError;
 use crate::{
-    block::Block,
+    block::{Block, reference::Chain},
     definition::{self, Defaults, DefineStreamError, Definition, Kinds},
     driver::{Handle, Schedule},
     outcome::{Outcome, Report},
@@ -176,6 +176,7 @@ pub(crate) struct Core {
     pub(super) writer: ResultsWriter,
     pub(super) reaches: reach::Surroundings,
     pub(super) strict: bool,
+    pub(crate) resolvers: Chain,
     /// What could not be tidied, once the driver has ended.
     pub(super) ended: watch::Receiver<Option<Vec<String>>>,
 }
@@ -189,6 +190,7 @@ impl Core {
         held: bool,
         group_size: Option<u32>,
     ) -> Task {
+        let block = block.resolved_by(&self.resolvers);
         let log = Arc::new(TaskLog::new());
         let mut registry = self.shared.lock();
         registry.tasks_count += 1;

@@ -23,6 +23,20 @@ fn every_example_runs_on_this_machine() {
     assert!(told.contains("three answers after"), "{told}");
     let told = run("stress", &[]);
     assert!(told.contains("the stressor was stopped"), "{told}");
+    check_python_examples(run);
+}
+
+/// Both run classes of a Python file that lies beside them.
+fn check_python_examples(run: impl Fn(&str, &[&str]) -> String) {
+    let told = run("multi_netperf", &["--seconds", "0.5"]);
+    assert!(told.contains("client-1: ") && told.contains("Gbit/s"), "{told}");
+    assert!(told.contains("client-2: ") && told.contains("server: 2 connections, "), "{told}");
+    let told = run("inter_communication", &["--connections", "10"]);
+    assert!(told.contains("attacker-1: 10 of 10 answered\nattacker-2: 10 of 10 answered\n"), "{told}");
+    assert!(
+        told.contains("2 attackers began within ") && told.contains(" questions under attack, "),
+        "{told}"
+    );
 }
 
 #[test]
@@ -42,4 +56,19 @@ fn the_same_programs_run_on_agents() {
     assert!(told.contains("connected to 10.77.0.2") && told.contains("Gbit/s"), "{told}");
     let told = run("ping_all", &[]);
     assert!(told.contains("client answers after") && told.contains("server answers after"), "{told}");
+}
+
+#[test]
+#[ignore = "needs root, python3 and the built examples: integration-tests/run"]
+fn classes_of_python_files_run_on_agents() {
+    let lab = Lab::new(&["server", "client-1", "client-2", "service", "watcher", "attacker-1", "attacker-2"]);
+    let _agents = lab.start_agents();
+    let definitions = lab.directory().join("lab.yaml");
+    std::fs::write(&definitions, lab.definitions(&lab.authority().controller("examples"))).unwrap();
+    check_python_examples(|name, more| {
+        let results = lab.directory().join("results");
+        let mut command = example(name);
+        command.arg("--streams").arg(&definitions).arg("--results").arg(results).args(more);
+        lab.controller().namespace().run(|| tools::run(&mut command))
+    });
 }

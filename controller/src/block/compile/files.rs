@@ -99,6 +99,37 @@ impl Files {
         Ok(place)
     }
 
+    /// A Python file and what it may import from beside it: modules, packages, and its directory of data. Returns its
+    /// place.
+    pub(crate) fn python_file(&mut self, path: &Path, variable: Option<&str>) -> Result<String, BlockError> {
+        let main = metadata("Python file", path)?;
+        if !main.is_file() {
+            let hint = "name the file that holds the code";
+            return Err(BlockError::WrongKind { what: "Python file", path: path.to_owned(), hint });
+        }
+        let main_place = file_name(path)?;
+        self.work.remove(&main_place);
+        self.file(path, &main, main_place.clone(), variable)?;
+        let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty());
+        let directory = directory.unwrap_or(Path::new("."));
+        for entry in fs::read_dir(directory).map_err(read_error(directory))? {
+            let path = entry.map_err(read_error(directory))?.path();
+            // What is no text cannot be imported, and what has gone meanwhile need not be shipped.
+            let (Ok(place), Ok(metadata)) = (file_name(&path), fs::metadata(&path)) else { continue };
+            if place == main_place {
+                continue;
+            }
+            if metadata.is_file() && place.ends_with(".py") {
+                self.file(&path, &metadata, place, None)?;
+            } else if metadata.is_dir()
+                && (path.join("__init__.py").is_file() || place == format!("{main_place}.data"))
+            {
+                self.tree_without(&path, &place, Some("__pycache__"))?;
+            }
+        }
+        Ok(main_place)
+    }
+
     /// A file of the block's own program, executable, beside the shipped files.
     pub(crate) fn program(&mut self, path: &Path, place: String, variable: &str) -> Result<(), BlockError> {
         let metadata = metadata("program", path)?;
@@ -107,7 +138,7 @@ impl Files {
     }
 
     /// Content that was made here, in the working directory.
-    pub(super) fn content(&mut self, place: &str, variable: &str, content: Bytes) -> Result<(), BlockError> {
+    pub(crate) fn content(&mut self, place: &str, variable: &str, content: Bytes) -> Result<(), BlockError> {
         let source = self.memory(content);
         self.add(FilePlace::Work, place.to_owned(), 0o644, Some(variable), source)
     }
@@ -240,12 +271,25 @@ impl Files {
 
     /// A directory and all that is in it.
     fn tree(&mut self, root: &Path, root_place: &str) -> Result<(), BlockError> {
+        self.tree_without(root, root_place, None)
+    }
+
+    /// The same without what has a certain name.
+    fn tree_without(
+        &mut self,
+        root: &Path,
+        root_place: &str,
+        left_out: Option<&str>,
+    ) -> Result<(), BlockError> {
         let mut directories = vec![(root.to_owned(), root_place.to_owned())];
         while let Some((directory, place)) = directories.pop() {
             for entry in fs::read_dir(&directory).map_err(read_error(&directory))? {
                 let entry = entry.map_err(read_error(&directory))?;
                 let path = entry.path();
                 let name = file_name(&path)?;
+                if left_out == Some(name.as_str()) {
+                    continue;
+                }
                 let place = format!("{place}/{name}");
                 let kind = entry.file_type().map_err(read_error(&path))?;
                 if kind.is_dir() {
@@ -328,7 +372,7 @@ fn file_name(path: &Path) -> Result<String, BlockError> {
 }
 
 /// A path of the host, as text.
-pub(super) fn host_path(path: &Path) -> Result<String, BlockError> {
+pub(crate) fn host_path(path: &Path) -> Result<String, BlockError> {
     if !path.is_absolute() {
         return Err(BlockError::RelativeHostPath { path: path.to_owned() });
     }

@@ -22,7 +22,12 @@ fn shown(compiled: &Compiled, directory: &Path) -> String {
     let secret = compiled.secret_files.iter().map(|file| ("secret ", file));
     for (secret, file) in files.chain(secret) {
         let variable = file.environment_name.as_deref().map(|name| format!(" ${name}")).unwrap_or_default();
-        let _ = writeln!(text, "{secret}{file:?}{variable}");
+        let place = format!("{}:{}", file.place, file.path);
+        let _ = match place.as_str() {
+            // The library's own, which changes for its own reasons.
+            "private:python/millstream.py" => writeln!(text, "{secret}{place}{variable}"),
+            _ => writeln!(text, "{secret}{file:?}{variable}"),
+        };
     }
     text.replace(directory.to_str().unwrap(), "PATH")
 }
@@ -141,7 +146,7 @@ fn python_and_scripts_are_shipped() {
         run: ["./tool"]
         work:tool 755 from blob 4513f933539b81b720c797abfbc157e65c7dba63d61b6625e1f15aaeb20f57f4 $MILLSTREAM_PROGRAM
         private:params.json 600 from 2 inline bytes $MILLSTREAM_PARAMS
-        private:python/millstream.py 644 from 6064 inline bytes $PYTHONPATH
+        private:python/millstream.py $PYTHONPATH
         private:topology.json 600 from 2 inline bytes $MILLSTREAM_TOPOLOGY
     "#]]);
     check(&python("print(1)").env("PYTHONPATH", "/srv"), expect![[r#"
@@ -151,13 +156,13 @@ fn python_and_scripts_are_shipped() {
         PYTHONUNBUFFERED=1
         work:__block__.py 644 from 8 inline bytes $MILLSTREAM_PROGRAM
         private:params.json 600 from 2 inline bytes $MILLSTREAM_PARAMS
-        private:python/millstream.py 644 from 6064 inline bytes $PYTHONPATH
+        private:python/millstream.py $PYTHONPATH
         private:topology.json 600 from 2 inline bytes $MILLSTREAM_TOPOLOGY
     "#]]);
     check(&shell("cd /srv && python3 -m tool"), expect![[r#"
         run: ["/bin/sh", "-c", "cd /srv && python3 -m tool"]
         private:params.json 600 from 2 inline bytes $MILLSTREAM_PARAMS
-        private:python/millstream.py 644 from 6064 inline bytes $PYTHONPATH
+        private:python/millstream.py $PYTHONPATH
         private:topology.json 600 from 2 inline bytes $MILLSTREAM_TOPOLOGY
     "#]]);
     check_in(directory.path(), &script.no_copy(), expect![[r#"

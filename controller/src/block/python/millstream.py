@@ -10,12 +10,13 @@ Works inside a block only, with Python 3.6 or newer and its standard library. Ba
 `millstream-sync` command that the agent puts on the block's PATH.
 """
 
+import fnmatch
 import json
 import os
 import subprocess
 
 __all__ = [
-    "BarrierBroken", "Error", "TimedOut", "abort", "barrier", "get", "output_dir", "param", "params", "publish",
+    "BarrierBroken", "Error", "Params", "TimedOut", "abort", "barrier", "get", "output_dir", "param", "params", "publish",
     "subscribe", "topology", "wait", "whiteboard",
 ]
 
@@ -30,6 +31,27 @@ class BarrierBroken(Error):
 
 class TimedOut(Error):
     """Patience ended before enough values were there."""
+
+
+class Params:
+    """Parameters by name, as `self.params` of a class has them; an object among them is a node of its own."""
+
+    def get(self, name, path=None, default=None):
+        """The parameter of the first node that has it; `path`, such as `/boot` or `*/boot/*`, says which nodes count."""
+        for node, values in _nodes("/", params()):
+            matches = path is None or any(fnmatch.fnmatchcase(node + end, path) for end in ("", "/", "/*"))
+            if matches and name in values:
+                return values[name]
+        return default
+
+
+def _nodes(path, values):
+    """A tree as its nodes, those above first."""
+    yield path, {name: value for name, value in values.items() if not isinstance(value, dict)}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            for node in _nodes(path.rstrip("/") + "/" + name, value):
+                yield node
 
 
 def barrier(name, parties=None, timeout=60, payload=None):
