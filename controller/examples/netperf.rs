@@ -6,6 +6,8 @@
 
 #![expect(clippy::print_stdout, reason = "an example shows what it does")]
 
+mod common;
+
 use std::{
     io::{Read as _, Write as _},
     net::{TcpListener, TcpStream},
@@ -16,20 +18,16 @@ use std::{
 };
 
 use clap::Parser;
-use millstream::{BlockContext, BlockResult, Params, Streams, blocking::block_on};
+use millstream::{BlockContext, BlockResult};
 
 /// Measures TCP throughput between two streams.
 #[derive(Parser)]
 struct Arguments {
-    /// Where the streams `server` and `client` are; on this machine when not given.
-    #[arg(long)]
-    streams: Option<PathBuf>,
+    #[command(flatten)]
+    place: common::Place,
     /// How long to send.
     #[arg(long, default_value_t = 2)]
     seconds: u64,
-    /// Where results go.
-    #[arg(long, default_value = "results")]
-    results: PathBuf,
 }
 
 /// Takes one connection, reads until its end, and says how much came.
@@ -89,25 +87,8 @@ fn netperf(ctx: &mut BlockContext, server: String, parties: usize, seconds: u64)
     Ok(())
 }
 
-fn main() -> ExitCode {
-    millstream::enter();
-    let arguments = Arguments::parse();
-    match block_on(run(&arguments)) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {error:?}");
-            ExitCode::FAILURE
-        }
-    }
-}
-
-async fn run(arguments: &Arguments) -> millstream::Result<()> {
-    let mut builder = Streams::builder("netperf")
-        .results_dir(&arguments.results)
-        .on_log(|line| println!("{:>8} | {line}", line.stream));
-    if let Some(path) = &arguments.streams {
-        builder = builder.params(Params::load(path)?);
-    }
+async fn run(arguments: Arguments) -> millstream::Result<()> {
+    let builder = arguments.place.builder("netperf")?.on_log(|line| println!("{:>8} | {line}", line.stream));
     let streams = builder.open()?;
     let server = streams.get("server")?;
     let client = streams.get("client")?;
@@ -137,4 +118,8 @@ fn show(directory: &Path, depth: usize) {
             show(&path, depth + 1);
         }
     }
+}
+
+fn main() -> ExitCode {
+    common::main(run)
 }

@@ -5,28 +5,17 @@
 
 #![expect(clippy::print_stdout, reason = "an example shows what it does")]
 
+mod common;
+
 use std::{
     io::{Read as _, Write as _},
     net::{TcpListener, TcpStream, ToSocketAddrs as _},
-    path::PathBuf,
     process::ExitCode,
     thread,
     time::{Duration, Instant},
 };
 
-use clap::Parser;
-use millstream::{BlockContext, BlockResult, Params, Streams, blocking::block_on};
-
-/// Checks that every stream's host reaches every other.
-#[derive(Parser)]
-struct Arguments {
-    /// Where the streams are; three on this machine when not given.
-    #[arg(long)]
-    streams: Option<PathBuf>,
-    /// Where results go.
-    #[arg(long, default_value = "results")]
-    results: PathBuf,
-}
+use millstream::{BlockContext, BlockResult};
 
 /// Answers everybody's greeting, greets everybody, and notes how long each answer took.
 #[millstream::block]
@@ -70,25 +59,14 @@ fn answer(listener: &TcpListener, peers: usize) -> std::io::Result<()> {
     Ok(())
 }
 
-fn main() -> ExitCode {
-    millstream::enter();
-    let arguments = Arguments::parse();
-    match block_on(run(&arguments)) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {error:?}");
-            ExitCode::FAILURE
+async fn run(place: common::Place) -> millstream::Result<()> {
+    let streams = place.builder("ping_all")?.open()?;
+    if streams.is_empty() {
+        // Nobody defined any: three on this machine.
+        for name in ["one", "two", "three"] {
+            streams.get(name)?;
         }
     }
-}
-
-async fn run(arguments: &Arguments) -> millstream::Result<()> {
-    let mut builder = Streams::builder("ping_all").results_dir(&arguments.results);
-    builder = match &arguments.streams {
-        Some(path) => builder.params(Params::load(path)?),
-        None => builder.stream("one", "local").stream("two", "local").stream("three", "local"),
-    };
-    let streams = builder.open()?;
     let parties = streams.len();
     let mut tasks = Vec::new();
     for stream in streams.all().iter() {
@@ -99,6 +77,9 @@ async fn run(arguments: &Arguments) -> millstream::Result<()> {
         println!("{}:\n  {}", task.stream(), task.outcome().await.whiteboard().trim().replace('\n', "\n  "));
     }
     println!("results in {}", streams.results_dir().display());
-    streams.close().await?;
-    Ok(())
+    streams.close().await
+}
+
+fn main() -> ExitCode {
+    common::main(run)
 }

@@ -6,28 +6,17 @@
 
 #![expect(clippy::print_stdout, reason = "an example shows what it does")]
 
+mod common;
+
 use std::{
     hint::black_box,
     io::{Write as _, stdout},
-    path::PathBuf,
     process::ExitCode,
     thread,
     time::Instant,
 };
 
-use clap::Parser;
-use millstream::{BlockContext, BlockResult, Params, Ready, Streams, blocking::block_on};
-
-/// Compares a computation on a quiet and on a busy host.
-#[derive(Parser)]
-struct Arguments {
-    /// Where the streams `test` and `stress` are; on this machine when not given.
-    #[arg(long)]
-    streams: Option<PathBuf>,
-    /// Where results go.
-    #[arg(long, default_value = "results")]
-    results: PathBuf,
-}
+use millstream::{BlockContext, BlockResult, Ready};
 
 /// Keeps every processor of the host busy until it is terminated.
 #[millstream::block]
@@ -60,24 +49,8 @@ fn work(rounds: u64) -> u64 {
     value
 }
 
-fn main() -> ExitCode {
-    millstream::enter();
-    let arguments = Arguments::parse();
-    match block_on(run(&arguments)) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {error:?}");
-            ExitCode::FAILURE
-        }
-    }
-}
-
-async fn run(arguments: &Arguments) -> millstream::Result<()> {
-    let mut builder = Streams::builder("stress").results_dir(&arguments.results);
-    if let Some(path) = &arguments.streams {
-        builder = builder.params(Params::load(path)?);
-    }
-    let streams = builder.open()?;
+async fn run(place: common::Place) -> millstream::Result<()> {
+    let streams = place.builder("stress")?.open()?;
     let test = streams.get("test")?;
     let quiet = test.run_fg(compute().name("compute-quiet")).await?;
     let stressing = streams.get("stress")?.run_bg(stressor().joins([]));
@@ -87,6 +60,9 @@ async fn run(arguments: &Arguments) -> millstream::Result<()> {
     println!("quiet: {} ms, busy: {} ms", quiet.whiteboard().trim(), busy.whiteboard().trim());
     streams.wait().await?;
     println!("results in {}", streams.results_dir().display());
-    streams.close().await?;
-    Ok(())
+    streams.close().await
+}
+
+fn main() -> ExitCode {
+    common::main(run)
 }

@@ -9,7 +9,7 @@ use std::{
 };
 
 use millstream::{
-    Block, BlockContext, BlockResult, OutcomeKind, Ready, Reason, Streams, StreamsBuilder,
+    Block, BlockContext, BlockResult, Layout, OutcomeKind, Ready, Reason, Streams, StreamsBuilder,
     blocking::{BlockingStream as _, BlockingStreams as _},
     exec, shell, start_together,
 };
@@ -305,4 +305,73 @@ async fn waits_for_values_are_in_the_results() {
         ],
         "{text}"
     );
+}
+
+/// Runs blocks of one name in two streams, in turn.
+fn run_alike(lab: &Lab) {
+    for stream in ["a", "b", "a", "b"] {
+        let block =
+            shell("echo $MILLSTREAM_STREAM; echo $MILLSTREAM_TASK > $MILLSTREAM_WHITEBOARD").name("same");
+        lab.streams.get(stream).unwrap().run_fg_blocking(block).unwrap();
+    }
+}
+
+/// Directories of tasks below a directory, with what each block printed.
+fn tasks_below(directory: &Path) -> Vec<String> {
+    let mut found = Vec::new();
+    let mut directories = vec![directory.to_owned()];
+    while let Some(next) = directories.pop() {
+        for entry in std::fs::read_dir(next).unwrap() {
+            let path = entry.unwrap().path();
+            if path.join("result.json").exists() {
+                let stdout = std::fs::read_to_string(path.join("stdout")).unwrap();
+                let name = path.strip_prefix(directory).unwrap().display().to_string();
+                found.push(format!("{name}: {}", stdout.trim()));
+            } else if path.is_dir() {
+                directories.push(path);
+            }
+        }
+    }
+    found.sort();
+    found
+}
+
+#[test]
+fn both_layouts_show_the_order_and_lose_nothing() {
+    let queue = ["streams/a/1-same: a", "streams/a/2-same: a", "streams/b/1-same: b", "streams/b/2-same: b"];
+    let flat = ["1-same: a", "2-same: b", "3-same: a", "4-same: b"];
+    for (layout, expected) in [(Layout::Queue, queue), (Layout::Flat, flat)] {
+        let results = tempfile::tempdir().unwrap();
+        let whiteboards: std::collections::BTreeSet<String> = ["t", "t.2"]
+            .into_iter()
+            .flat_map(|run| {
+                let lab = lab_with(|builder| builder.layout(layout).results_dir(results.path()));
+                run_alike(&lab);
+                let directory = lab.streams.results_dir().to_owned();
+                assert_eq!(directory, results.path().join(run), "the run before is left alone");
+                let outcomes = lab.streams.join_blocking().outcomes;
+                lab.streams.close_blocking().unwrap();
+                assert_eq!(tasks_below(&directory), expected);
+                assert_eq!(std::fs::read_link(results.path().join("latest")).unwrap(), Path::new(run));
+                assert!(directory.join("streams/b/stream.json").exists(), "the host is told in both");
+                outcomes.into_iter().map(|outcome| outcome.whiteboard()).collect::<Vec<_>>()
+            })
+            .collect();
+        assert_eq!(whiteboards.len(), 8, "each task has its own: {whiteboards:?}");
+    }
+}
+
+#[test]
+fn results_that_can_no_longer_be_written_fail_no_task_and_are_told() {
+    let lab = lab();
+    let directory = lab.streams.results_dir().to_owned();
+    std::fs::remove_dir_all(&directory).unwrap();
+    std::fs::write(&directory, "in the way").unwrap();
+    let outcome = lab.streams.get("a").unwrap().run_fg_blocking(shell("echo x")).unwrap();
+    assert!(outcome.passed(), "{outcome}");
+    let told = outcome.results_error.clone().unwrap();
+    assert!(told.contains("failed to write the results file") && told.contains("streams/a/1-"), "{told}");
+    assert!(outcome.sentence().contains("; its results are incomplete: "), "{outcome}");
+    let error = lab.streams.close_blocking().unwrap_err().to_string();
+    assert!(error.contains("test.json"), "{error}");
 }

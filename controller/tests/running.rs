@@ -333,3 +333,33 @@ async fn a_stream_that_drains_cancels_what_is_queued_and_takes_what_comes_later(
     let report = lab.streams.wait().await.unwrap_err();
     assert_eq!((report.count(), report.failures[0].followers.len()), (1, 150));
 }
+
+#[test]
+fn names_and_indexes_lead_to_the_same_streams() {
+    let lab = lab_with(|builder| {
+        builder.stream("server", "local").stream("client-1", "local").stream("client-2", "local")
+    });
+    let names = |group: millstream::StreamGroup| -> Vec<String> {
+        group.into_iter().map(|stream| stream.name().to_string()).collect()
+    };
+    assert_eq!((lab.streams.len(), lab.streams.initialized()), (3, 0));
+    assert_eq!(lab.streams.get("client-1").unwrap().index(), 1);
+    assert_eq!(lab.streams.get(0).unwrap().name().as_str(), "server");
+    assert_eq!(names(lab.streams.all()), ["server", "client-1", "client-2"]);
+    assert_eq!(names(lab.streams.select(r"client-\d+").unwrap()), ["client-1", "client-2"]);
+    assert_eq!(names(lab.streams.slice(1..2).unwrap()), ["client-1"]);
+    assert_eq!(names(lab.streams.slice(1..).unwrap()), ["client-1", "client-2"]);
+    // Beyond the end: those before it are defined on the way.
+    assert_eq!(lab.streams.get(4).unwrap().name().as_str(), "4");
+    assert_eq!((lab.streams.len(), lab.streams.initialized()), (5, 0));
+}
+
+#[test]
+fn a_strict_test_has_the_streams_that_are_defined() {
+    let lab = lab_with(|builder| builder.stream("server", "local").strict());
+    lab.streams.get("server").unwrap();
+    let told = lab.streams.get("servre").unwrap_err().to_string();
+    assert_eq!(told, "stream `servre` is not defined: there are `server` (did you mean `server`?)");
+    let told = lab.streams.get(1).unwrap_err().to_string();
+    assert_eq!(told, "there is no stream 1: 1 stream is defined");
+}

@@ -65,6 +65,8 @@ pub(crate) fn test_directory(test: &TestName, run: u32) -> String {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     fn check(layout: Layout, expected: &str) {
@@ -77,6 +79,37 @@ mod tests {
     fn the_default_sorts_by_stream_and_the_flat_one_by_global_order() {
         check(Layout::default(), "streams/server/2-netserver");
         check(Layout::Flat, "7-netserver");
+    }
+
+    /// Any text as a block's name, the way a block without a name gets one: many texts have the same.
+    fn any_block() -> impl Strategy<Value = BlockName> {
+        "[ab/ .]{1,3}".prop_map(|text| BlockName::derived(&text))
+    }
+
+    proptest! {
+        /// Whatever blocks are called, no two tasks of a test share a directory, and none leaves the test's.
+        #[test]
+        fn every_task_has_a_directory_of_its_own(tasks in prop::collection::vec((0..3_usize, any_block()), 0..40)) {
+            let streams = ["a", "a.1", "1-a"].map(|name| StreamName::new(name).unwrap());
+            for layout in [Layout::Queue, Layout::Flat] {
+                let mut counts = [0; 3];
+                let mut seen = std::collections::BTreeSet::new();
+                for (index, (stream, block)) in tasks.iter().enumerate() {
+                    counts[*stream] += 1;
+                    let number = u32::try_from(index).unwrap() + 1;
+                    let path = layout.task_directory(&streams[*stream], counts[*stream], number, block);
+                    let normal = |part| matches!(part, std::path::Component::Normal(_));
+                    prop_assert!(path.components().all(normal), "{}", path.display());
+                    let depth = if layout == Layout::Queue { 3 } else { 1 };
+                    prop_assert_eq!(path.components().count(), depth, "{}", path.display());
+                    let first = path.components().next().unwrap().as_os_str().to_owned();
+                    let taken = [TEST_FILE, DEBUG_FILE, WHITEBOARD_FILE, DATA_DIRECTORY];
+                    prop_assert!(!taken.iter().any(|name| first == *name));
+                    prop_assert!(layout == Layout::Queue || first != "streams");
+                    prop_assert!(seen.insert(path), "two tasks share a directory");
+                }
+            }
+        }
     }
 
     #[test]

@@ -40,6 +40,44 @@ fn check_python_examples(run: impl Fn(&str, &[&str]) -> String) {
 }
 
 #[test]
+#[ignore = "needs the built examples: integration-tests/run"]
+fn every_pattern_of_the_guide_runs() {
+    // What each pattern prints, in this order.
+    let patterns: [(&str, &[&str]); 7] = [
+        ("client_server", &["the server answers: hello", "the server was stopped"]),
+        ("many_clients", &["4 clients, 200 requests"]),
+        (
+            "slow_starter",
+            &["worker | checks ssh", "http | http listens", "worker | checks http", "all three have ended"],
+        ),
+        (
+            "migration",
+            &["left after 1024 steps", "arrived after 1024 steps", "nothing of the guest was lost"],
+        ),
+        ("no_route", &["2-connect-internal on stream client", "failed", "as expected"]),
+        (
+            "variants",
+            &["1-send.tiny: 1048576 bytes in 4096 writes", "2-send.small", "3-send.big", "3 results"],
+        ),
+        ("coordinated_start", &["3 attackers began", " ms apart", "cut and watch began", " ms apart"]),
+    ];
+    let directory = tempfile::tempdir().unwrap();
+    for (name, expected) in patterns {
+        let told =
+            tools::run(example(name).arg("--results").arg(directory.path()).current_dir(directory.path()));
+        let mut rest = told.as_str();
+        for words in expected {
+            let Some((_, after)) = rest.split_once(words) else {
+                panic!("{name} does not print `{words}` where it should:\n{told}");
+            };
+            rest = after;
+        }
+        let report = std::fs::read_to_string(directory.path().join(name).join("test.json")).unwrap();
+        assert!(report.contains("\"success\": true"), "{report}");
+    }
+}
+
+#[test]
 #[ignore = "needs root and the built examples: integration-tests/run"]
 fn the_same_programs_run_on_agents() {
     let lab = Lab::new(&["server", "client"]);
@@ -54,6 +92,8 @@ fn the_same_programs_run_on_agents() {
     };
     let told = run("netperf", &["--seconds", "1"]);
     assert!(told.contains("connected to 10.77.0.2") && told.contains("Gbit/s"), "{told}");
+    let told = run("client_server", &[]);
+    assert!(told.contains("the server answers: hello"), "{told}");
     let told = run("ping_all", &[]);
     assert!(told.contains("client answers after") && told.contains("server answers after"), "{told}");
 }

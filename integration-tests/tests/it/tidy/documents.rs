@@ -86,3 +86,58 @@ fn the_readme_names_commands_that_exist() {
     assert!(readme.contains("cargo run --example netperf -p millstream"));
     assert!(readme.contains("\nintegration-tests/run\n"));
 }
+
+/// Code of a document with the example that it says it is from.
+fn quoted(text: &str) -> Vec<(String, String)> {
+    let from = Regex::new(r"(?m)^From \[([^\]]+)\]").unwrap();
+    let code = Regex::new(r"(?ms)^```rust\n(.*?)^```$").unwrap();
+    let sources: Vec<(usize, String)> =
+        from.captures_iter(text).map(|c| (c.get(0).unwrap().start(), c[1].to_owned())).collect();
+    code.captures_iter(text)
+        .map(|c| {
+            let at = c.get(0).unwrap().start();
+            let source = sources.iter().rev().find(|(start, _)| *start < at);
+            (source.map(|(_, path)| path.clone()).unwrap_or_default(), c[1].to_owned())
+        })
+        .collect()
+}
+
+#[test]
+fn the_guide_quotes_the_examples_word_for_word() {
+    let guide = std::fs::read_to_string(root().join("docs/guide.md")).unwrap();
+    let quoted = quoted(&guide);
+    assert!(quoted.len() >= 8, "{} pieces of code", quoted.len());
+    let complaints: Vec<String> = quoted
+        .into_iter()
+        .filter(|(path, code)| {
+            std::fs::read_to_string(root().join(path)).map_or(true, |example| !example.contains(code))
+        })
+        .map(|(path, code)| format!("{path}: {}", code.lines().next().unwrap_or_default()))
+        .collect();
+    report("pieces of code in docs/guide.md that are not in the example they name", &complaints);
+}
+
+#[test]
+fn every_test_that_the_requirements_name_exists() {
+    let page = std::fs::read_to_string(root().join("docs/requirements.md")).unwrap();
+    let test =
+        Regex::new(r"#\[(?:tokio::)?test[^\]]*\]\s*(?:#\[[^\]]*\]\s*)*(?:async )?fn ([a-z0-9_]+)").unwrap();
+    let mut tests: BTreeSet<String> = BTreeSet::new();
+    for (_, text) in files(".rs") {
+        tests.extend(test.captures_iter(&text).filter_map(|c| c.get(1)).map(|name| name.as_str().to_owned()));
+    }
+    let row = Regex::new(r"(?m)^\| R\d+ \|.*\| ([^|]*) \|$").unwrap();
+    let name = Regex::new(r"`([a-z0-9_]+)`").unwrap();
+    let mut rows = 0;
+    let mut complaints = Vec::new();
+    for line in row.captures_iter(&page) {
+        rows += 1;
+        for name in name.captures_iter(&line[1]) {
+            if !tests.contains(&name[1]) {
+                complaints.push(name[1].to_owned());
+            }
+        }
+    }
+    assert!(rows > 150, "{rows} rows");
+    report("tests that docs/requirements.md names and nobody wrote", &complaints);
+}
