@@ -10,6 +10,7 @@ pub mod blobs;
 pub mod cgroup;
 pub(crate) mod ended;
 pub mod process;
+pub mod processes;
 pub mod queue;
 pub mod relay;
 pub(crate) mod reports;
@@ -29,6 +30,7 @@ use std::{
     os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt as _},
     path::{Path, PathBuf},
     process::ExitCode,
+    sync::Arc,
     time::Duration,
 };
 
@@ -49,6 +51,7 @@ use tracing::{debug, info, warn};
 use crate::entry::Relaunch;
 use cgroup::claim::{Claim, SESSION_GROUP};
 use process::watch;
+use processes::{HostProcesses, Processes};
 use session::Session;
 use wire::{FrameReader, FrameWriter, WireError};
 
@@ -152,6 +155,7 @@ fn failed(attempt: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Super
 pub async fn run(
     config: SupervisorConfig,
     world: World,
+    processes: Arc<dyn Processes>,
     mut doors: mpsc::Receiver<UnixStream>,
 ) -> Result<(), SupervisorError> {
     prepare_directory(&config)?;
@@ -160,7 +164,7 @@ pub async fn run(
     let (told, mut happened) = mpsc::channel(limits::SUPERVISOR_FRAMES_COUNT_MAX);
     // The relay bounds its own queue; this one only hands over.
     let (relayed, mut relay) = mpsc::channel::<RelayFrames>(1);
-    let mut session = Session::new(config, world, told, relayed)?;
+    let mut session = Session::new(config, world, processes, told, relayed)?;
     let mut alarm = BootAlarm::new().map_err(SupervisorError::Runtime)?;
     let (mut reader, mut writer): (Option<DoorReader>, Option<DoorWriter>) = (None, None);
     let mut doors_come = true;
@@ -369,6 +373,7 @@ fn serve(directory: &Path) -> Result<(), SupervisorError> {
     let config: SupervisorConfig = serde_json::from_slice(&text)
         .map_err(|source| SupervisorError::Configuration { path: path.clone(), source })?;
     let _lock = lock(&directory.join(LOCK_FILE))?;
+    let processes = host_processes(&config)?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         // Packing and copying only.
@@ -390,7 +395,7 @@ fn serve(directory: &Path) -> Result<(), SupervisorError> {
         drop(tokio::spawn(accept(listener, doors)));
         say(READY);
         close_stdout();
-        let served = run(config, World::system(), came).await;
+        let served = run(config, World::system(), processes, came).await;
         // Results may be kept for a while; nobody answers here any more.
         if let Err(error) = fs::remove_file(&socket) {
             warn!(%error, "the socket of the session is left behind");
@@ -400,6 +405,12 @@ fn serve(directory: &Path) -> Result<(), SupervisorError> {
     // What still copies or packs belongs to a session that is over.
     runtime.shutdown_background();
     served
+}
+
+/// The processes of this host, for a session.
+pub(crate) fn host_processes(config: &SupervisorConfig) -> Result<Arc<dyn Processes>, SupervisorError> {
+    let null = Path::new("/dev/null");
+    Ok(Arc::new(HostProcesses::new(config).map_err(failed("open", null))?))
 }
 
 async fn accept(listener: UnixListener, doors: mpsc::Sender<UnixStream>) {

@@ -9,7 +9,6 @@ mod staging;
 
 use std::{
     fs, io,
-    os::fd::{AsFd as _, OwnedFd},
     path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
@@ -30,18 +29,17 @@ use tracing::{info, warn};
 use super::{
     account::Account,
     blobs::Blobs,
-    cgroup::{self, GroupError, Hierarchies, LimitGroups},
+    cgroup::LEAKED_NAMED_MAX,
     process::{Launch, moved, report_descriptor},
+    processes::{Ended, Happened, ProcessTree, Processes, Started},
     relay::Relay,
     reports::{REPORTS_VARIABLE, Report, Reports},
     spares::Spares,
     spool::SpoolWriter,
     task::{Action, Event, Refusal, Sealed},
-    tree::{Ended, Happened, Started, Tree},
     workspace::Workspace,
 };
-use crate::entry::Relaunch;
-pub(crate) use outputs::OutputEnds;
+pub use outputs::OutputEnds;
 use outputs::{CHANNELS, Outputs, PIPE_BYTES, REPORT_PIPE_BYTES, Read};
 
 /// Orders that wait for an attendant: a machine gives few before it is told what came of them, and people send signals.
@@ -62,19 +60,13 @@ pub(crate) struct Surroundings {
     pub(crate) session_dir: PathBuf,
     /// Environment of every block.
     pub(crate) base_environment: Vec<(String, String)>,
-    /// How to start a shim.
-    pub(crate) relaunch: Relaunch,
-    /// The session's control group; without one, trees are contained by shims.
-    pub(crate) cgroup: Option<PathBuf>,
-    /// Where limits are set.
-    pub(crate) hierarchies: Hierarchies,
+    /// Where process trees come from.
+    pub(crate) processes: Arc<dyn Processes>,
     /// Shipped files.
     pub(crate) blobs: Blobs,
     pub(crate) spares: Spares,
     /// Blocks' calls.
     pub(crate) relay: Relay,
-    /// `/dev/null`, for reading and writing.
-    pub(crate) null: OwnedFd,
     /// Where attendants tell what happened.
     pub(crate) told: mpsc::Sender<Told>,
     /// Tasks whose output has grown.
@@ -148,8 +140,7 @@ struct Staged {
     workspace: Workspace,
     environment: Vec<(String, String)>,
     account: Option<Account>,
-    tree: Tree,
-    groups: LimitGroups,
+    tree: Box<dyn ProcessTree>,
     outputs: Outputs,
     reports: Reports,
     /// Whether the machine knows of the process of the first phase.
@@ -305,7 +296,7 @@ impl Attendant {
             held,
             reports,
         };
-        let started = staged.tree.start(&launch, self.around.null.as_fd(), &staged.groups).await;
+        let started = staged.tree.start(&launch).await;
         staged.launch = Some(launch);
         Ok(match started? {
             Started::Now(pid) => Some(pid),
@@ -354,7 +345,7 @@ impl Attendant {
                 let staged = self.staged.as_ref().expect("only what was staged can exit");
                 let event = match (failure, &staged.launch) {
                     (Some(failure), Some(launch)) => Event::PhaseNotStarted(failure.refusal(launch)),
-                    _ => Event::PhaseExited { exit, out_of_memory: staged.groups.out_of_memory() },
+                    _ => Event::PhaseExited { exit, out_of_memory: staged.tree.out_of_memory() },
                 };
                 self.tell(event).await;
             }
@@ -419,7 +410,7 @@ impl Attendant {
             self.find_escaped(&mut ended);
         }
         if let Some(staged) = &mut self.staged {
-            staged.groups.remove();
+            staged.tree.remove_limits();
         }
         let wall_ns = self.around.world.clock.wall_ns();
         let Ended { leaked, leaked_count, survivors, .. } = ended;
@@ -461,10 +452,9 @@ impl Attendant {
     /// Ends who left the containment and still holds an output: found by the task's mark.
     fn find_escaped(&self, ended: &mut Ended) {
         let own = self.task.to_string();
-        for (process, described) in cgroup::find_marked(|mark| mark == own) {
+        for described in self.around.processes.end_marked(&|mark| mark == own) {
             warn!(task_id = %self.task, pid = described.pid, command = %described.command,
                 "a process had left the containment of its task");
-            cgroup::kill_marked(&process);
             name_leaked(&mut ended.leaked, described);
             ended.leaked_count += 1;
         }
@@ -531,13 +521,13 @@ impl Attendant {
 
 /// Names one more process, as long as there is room.
 pub(crate) fn name_leaked(leaked: &mut Vec<LeakedProcess>, process: LeakedProcess) {
-    if leaked.len() < cgroup::LEAKED_NAMED_MAX {
+    if leaked.len() < LEAKED_NAMED_MAX {
         leaked.push(process);
     }
 }
 
 /// An error with its causes, for the one line that a record has.
-fn told_in_full(error: &dyn std::error::Error) -> String {
+pub(super) fn told_in_full(error: &dyn std::error::Error) -> String {
     let mut told = error.to_string();
     let mut cause = error.source();
     while let Some(error) = cause {
@@ -559,11 +549,4 @@ pub(crate) fn write_record(directory: &Path, end: &v1::TaskEnd) -> io::Result<()
     let fresh = directory.join(".end.pb.new");
     fs::write(&fresh, end.encode_to_vec())?;
     fs::rename(&fresh, directory.join(RECORD_FILE))
-}
-
-/// Errors of groups are told with their cause by the caller.
-impl From<GroupError> for Refusal {
-    fn from(error: GroupError) -> Self {
-        Self { reason: Reason::HostExhausted, detail: told_in_full(&error) }
-    }
 }

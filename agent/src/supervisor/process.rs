@@ -29,21 +29,21 @@ use child::{Image, make};
 const DEFAULT_PATH: &str = "/usr/local/bin:/usr/bin:/bin";
 /// What is to be run, and how.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct Launch {
+pub struct Launch {
     /// Program and arguments; at least one.
-    pub(crate) argv: Vec<String>,
+    pub argv: Vec<String>,
     /// The whole environment.
-    pub(crate) environment: Vec<(String, String)>,
+    pub environment: Vec<(String, String)>,
     /// Absolute.
-    pub(crate) working_directory: PathBuf,
+    pub working_directory: PathBuf,
     /// Whom to become; none to stay.
     pub(crate) user: Option<Account>,
     /// Descriptors of the two outputs when they are moved; 1 and 2 are `/dev/null` then.
     pub(crate) moved: Option<(RawFd, RawFd)>,
     /// Whether it waits before its program until it is let go.
-    pub(crate) held: bool,
+    pub held: bool,
     /// Descriptor on which it tells its phases, if it does.
-    pub(crate) reports: Option<RawFd>,
+    pub reports: Option<RawFd>,
 }
 
 /// The place of the outputs in a [`Launch`].
@@ -218,7 +218,7 @@ impl Process {
 
 /// What a process was about to do when it could not go on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) enum Step {
+pub enum Step {
     /// Putting its descriptors in place.
     Descriptors,
     /// Entering the control groups that limit it.
@@ -241,11 +241,11 @@ impl Step {
 
 /// Why a process could not begin its program.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct StartFailure {
+pub struct StartFailure {
     /// What it was about to do.
-    pub(crate) step: Step,
+    pub step: Step,
     /// The system's answer.
-    pub(crate) errno: i32,
+    pub errno: i32,
 }
 
 impl StartFailure {

@@ -8,8 +8,6 @@ mod requests;
 
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
-    fs,
-    path::Path,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -34,8 +32,7 @@ use super::{
     SupervisorConfig, SupervisorError,
     attendant::{Attendant, Grown, SharedSpool, Surroundings, Told, locked},
     blobs::Blobs,
-    cgroup::{self, Hierarchies},
-    failed,
+    processes::Processes,
     queue::{self, Queue},
     relay::Relay,
     spares::Spares,
@@ -100,24 +97,19 @@ impl Session {
     pub(super) fn new(
         config: SupervisorConfig,
         world: World,
+        processes: Arc<dyn Processes>,
         told: mpsc::Sender<Told>,
         relayed: mpsc::Sender<RelayFrames>,
     ) -> Result<Self, SupervisorError> {
-        let null = Path::new("/dev/null");
-        let null_file =
-            fs::OpenOptions::new().read(true).write(true).open(null).map_err(failed("open", null))?;
         let blobs = Blobs::open(&config.blobs_dir).map_err(SupervisorError::Blobs)?;
         let around = Surroundings {
             world: world.clone(),
             session_dir: config.session_dir.clone(),
             base_environment: config.base_environment.clone(),
-            relaunch: config.relaunch.clone(),
-            cgroup: config.session_cgroup(),
-            hierarchies: Hierarchies::find(),
+            processes,
             blobs,
             spares: Spares::default(),
             relay: Relay::new(relayed),
-            null: null_file.into(),
             told,
             grown: Arc::new(Grown::default()),
         };
@@ -385,9 +377,8 @@ impl Session {
             return;
         }
         let is_ours = |mark: &str| mark.parse().is_ok_and(|id: TaskId| self.tasks.contains_key(&id));
-        for (process, described) in cgroup::find_marked(is_ours) {
+        for described in self.around.processes.end_marked(&is_ours) {
             warn!(pid = described.pid, command = %described.command, "a process had left its task's containment");
-            cgroup::kill_marked(&process);
         }
     }
 

@@ -26,7 +26,8 @@ use millstream_common::{
 
 use reported::Told;
 use verdict::Verdict;
-pub(crate) use words::{Action, Event, KILL, Refusal, Sealed, SessionEnd, Stage, TERMINATE};
+pub use words::Refusal;
+pub(crate) use words::{Action, Event, KILL, Sealed, SessionEnd, Stage, TERMINATE};
 
 #[derive(Debug)]
 enum State {

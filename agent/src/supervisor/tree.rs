@@ -5,13 +5,14 @@
 
 use std::{
     io,
-    os::fd::{AsFd as _, BorrowedFd},
+    os::fd::{AsFd as _, OwnedFd},
     path::PathBuf,
+    sync::Arc,
 };
 
 use millstream_common::{
     limits,
-    outcome::{Exit, LeakedProcess, Reason},
+    outcome::{Exit, Reason},
 };
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _, Interest, unix::AsyncFd},
@@ -21,56 +22,14 @@ use tokio::{
 use tracing::warn;
 
 use super::{
-    attendant::OutputEnds,
+    attendant::{OutputEnds, told_in_full},
     cgroup::{self, Group, GroupError, LEAKED_NAMED_MAX, LimitGroups},
-    process::{Launch, Placement, Process, StartFailure, spawn, watch},
+    process::{Launch, Placement, Process, spawn, watch},
+    processes::{Doing, Ended, Happened, ProcessTree, Started},
     shim::{self, Order, Told},
     task::Refusal,
 };
 use crate::entry::Relaunch;
-
-/// What happens in a tree by itself.
-#[derive(Debug)]
-pub(crate) enum Happened {
-    /// The process of the phase exists.
-    Started {
-        /// Its number.
-        pid: u32,
-    },
-    /// No process could be made.
-    NotStarted(Refusal),
-    /// The process of the phase has ended.
-    Exited {
-        /// How.
-        exit: Exit,
-        /// Why it could not even begin its program.
-        failure: Option<StartFailure>,
-    },
-}
-
-/// Whether a start is known already.
-#[derive(Debug)]
-pub(crate) enum Started {
-    /// The process exists.
-    Now(u32),
-    /// It will be told as something that happened.
-    ToldLater,
-}
-
-/// What came of ending a tree.
-#[derive(Debug, Default)]
-pub(crate) struct Ended {
-    /// How the process of the phase ended, if it had not before.
-    pub(crate) exit: Option<Exit>,
-    /// Processes that were left after the last phase; the first few.
-    pub(crate) leaked: Vec<LeakedProcess>,
-    /// Number of all of them.
-    pub(crate) leaked_count: u32,
-    /// Those that could not be ended.
-    pub(crate) survivors: u32,
-    /// Whether somebody may be left of whom nothing is known here.
-    pub(crate) uncertain: bool,
-}
 
 /// The tree of one task.
 #[derive(Debug)]
@@ -78,6 +37,10 @@ pub(crate) struct Tree {
     kind: Kind,
     /// Write ends of the outputs, for phases to come; gone once the tree is being ended.
     ends: Option<OutputEnds>,
+    /// `/dev/null`, for reading and writing.
+    null: Arc<OwnedFd>,
+    /// What limits it besides its own group.
+    groups: LimitGroups,
 }
 
 #[derive(Debug)]
@@ -91,16 +54,16 @@ impl Tree {
     ///
     /// # Errors
     /// When the group cannot be made.
-    pub(crate) fn in_group(path: PathBuf, ends: OutputEnds) -> Result<Self, GroupError> {
+    pub(crate) fn in_group(path: PathBuf, ends: OutputEnds, null: Arc<OwnedFd>) -> Result<Self, GroupError> {
         let kind = Kind::Group { group: Group::create(path)?, process: None };
-        Ok(Self { kind, ends: Some(ends) })
+        Ok(Self { kind, ends: Some(ends), null, groups: LimitGroups::default() })
     }
 
     /// A tree under a shim.
     ///
     /// # Errors
     /// When the shim cannot be started.
-    pub(crate) fn under_shim(relaunch: &Relaunch, ends: OutputEnds) -> io::Result<Self> {
+    pub(crate) fn under_shim(relaunch: &Relaunch, ends: OutputEnds, null: Arc<OwnedFd>) -> io::Result<Self> {
         let (command, stream) = shim::command(relaunch, &ends)?;
         stream.set_nonblocking(true)?;
         let shim = tokio::process::Command::from(command).spawn()?;
@@ -108,7 +71,7 @@ impl Tree {
         let kind = Kind::Shim { shim, stream, buffer: Vec::new(), running: false, gone: false };
         // The shim holds the pipes now.
         drop(ends);
-        Ok(Self { kind, ends: None })
+        Ok(Self { kind, ends: None, null, groups: LimitGroups::default() })
     }
 
     /// The control group that contains the tree, where there is one.
@@ -119,139 +82,146 @@ impl Tree {
         }
     }
 
-    /// Makes the process of a phase.
-    ///
-    /// # Errors
-    /// When it cannot be made.
-    pub(crate) async fn start(
-        &mut self,
-        launch: &Launch,
-        null: BorrowedFd<'_>,
-        groups: &LimitGroups,
-    ) -> Result<Started, Refusal> {
-        match &mut self.kind {
-            Kind::Group { group, process } => {
-                let ends = self.ends.as_ref().ok_or_else(|| ended_already(launch))?;
-                let joins = groups.joins()?;
-                let channels = ends.channels(null);
-                let placement = Placement { cgroup: Some(group.as_fd()), joins: &joins };
-                let made = spawn(launch, channels, placement).map_err(|error| error.refusal(launch))?;
-                let pid = made.pid();
-                let watched = watch(made, Interest::READABLE).map_err(|error| Refusal {
-                    reason: Reason::HostExhausted,
-                    detail: format!("the process of `{}` cannot be watched: {error}", launch.argv[0]),
-                })?;
-                *process = Some(watched);
-                Ok(Started::Now(pid))
-            }
-            Kind::Shim { stream, running, .. } => {
-                let order = Order::Start { launch: Box::new(launch.clone()), joins: groups.join_paths() };
-                let sent = match shim::encode(&order) {
-                    Ok(bytes) => stream.write_all(&bytes).await,
-                    Err(error) => Err(error),
-                };
-                sent.map_err(|error| Refusal {
-                    reason: Reason::Internal,
-                    detail: format!("the shim of the task cannot be reached: {error}"),
-                })?;
-                *running = true;
-                Ok(Started::ToldLater)
-            }
-        }
+    /// Phases that are started from now on are limited by these groups, too.
+    pub(crate) fn limit(&mut self, groups: LimitGroups) {
+        self.groups = groups;
     }
+}
 
-    /// Lets a held process go.
-    pub(crate) async fn let_go(&mut self) {
-        match &mut self.kind {
-            Kind::Group { process: Some(process), .. } => process.get_mut().let_go(),
-            Kind::Group { process: None, .. } => {}
-            Kind::Shim { stream, .. } => {
-                if let Err(error) = send(stream, &Order::Go).await {
-                    // Its end is told by the next read.
-                    warn!(%error, "a shim cannot be reached");
+impl ProcessTree for Tree {
+    fn start<'a>(&'a mut self, launch: &'a Launch) -> Doing<'a, Result<Started, Refusal>> {
+        Box::pin(async move {
+            match &mut self.kind {
+                Kind::Group { group, process } => {
+                    let ends = self.ends.as_ref().ok_or_else(|| ended_already(launch))?;
+                    let joins = self.groups.joins()?;
+                    let channels = ends.channels(self.null.as_fd());
+                    let placement = Placement { cgroup: Some(group.as_fd()), joins: &joins };
+                    let made = spawn(launch, channels, placement).map_err(|error| error.refusal(launch))?;
+                    let pid = made.pid();
+                    let watched = watch(made, Interest::READABLE).map_err(|error| Refusal {
+                        reason: Reason::HostExhausted,
+                        detail: format!("the process of `{}` cannot be watched: {error}", launch.argv[0]),
+                    })?;
+                    *process = Some(watched);
+                    Ok(Started::Now(pid))
                 }
-            }
-        }
-    }
-
-    /// Sends a signal to the processes of the running phase.
-    ///
-    /// # Errors
-    /// When the system refuses, for example for a number that is no signal.
-    pub(crate) async fn signal(&mut self, signal: i32) -> io::Result<()> {
-        match &mut self.kind {
-            Kind::Group { process: Some(process), .. } => process.get_ref().signal(signal),
-            Kind::Group { process: None, .. } => Ok(()),
-            Kind::Shim { stream, .. } => send(stream, &Order::Signal(signal)).await,
-        }
-    }
-
-    /// The next thing that happens by itself; never, while no phase runs.
-    ///
-    /// # Cancel safety
-    /// Safe: what was read is kept.
-    pub(crate) async fn next(&mut self) -> Happened {
-        match &mut self.kind {
-            Kind::Group { process, .. } => {
-                let Some(watched) = process else { return std::future::pending().await };
-                let exit = wait_for(watched).await;
-                let failure = watched.get_ref().failure();
-                *process = None;
-                Happened::Exited { exit, failure }
-            }
-            Kind::Shim { stream, buffer, running, gone, .. } => {
-                if *gone && !*running {
-                    return std::future::pending().await;
-                }
-                loop {
-                    let happened = match told(stream, buffer).await {
-                        Some(Told::Started { pid }) => Happened::Started { pid },
-                        Some(Told::NotStarted(refusal)) => {
-                            *running = false;
-                            Happened::NotStarted(refusal)
-                        }
-                        Some(Told::Exited { exit, failure }) => {
-                            *running = false;
-                            Happened::Exited { exit, failure }
-                        }
-                        // Only an answer, and nobody asked.
-                        Some(Told::Ended { .. }) => continue,
-                        None => {
-                            *gone = true;
-                            if !std::mem::take(running) {
-                                return std::future::pending().await;
-                            }
-                            // It was killed, and the process with it.
-                            Happened::Exited { exit: Exit::Signal(libc::SIGKILL), failure: None }
-                        }
+                Kind::Shim { stream, running, .. } => {
+                    let order =
+                        Order::Start { launch: Box::new(launch.clone()), joins: self.groups.join_paths() };
+                    let sent = match shim::encode(&order) {
+                        Ok(bytes) => stream.write_all(&bytes).await,
+                        Err(error) => Err(error),
                     };
-                    return happened;
+                    sent.map_err(|error| Refusal {
+                        reason: Reason::Internal,
+                        detail: format!("the shim of the task cannot be reached: {error}"),
+                    })?;
+                    *running = true;
+                    Ok(Started::ToldLater)
                 }
             }
-        }
+        })
     }
 
-    /// Ends every process of the tree and lets go of the outputs.
-    pub(crate) async fn end(&mut self) -> Ended {
-        self.ends = None;
-        match &mut self.kind {
-            Kind::Group { group, process } => end_group(group, process.take()).await,
-            Kind::Shim { shim, stream, buffer, running, gone } => {
-                let mut ended = Ended { uncertain: *gone, ..Ended::default() };
-                if !*gone {
-                    end_shim(stream, buffer, *running, &mut ended).await;
+    fn let_go(&mut self) -> Doing<'_, ()> {
+        Box::pin(async move {
+            match &mut self.kind {
+                Kind::Group { process: Some(process), .. } => process.get_mut().let_go(),
+                Kind::Group { process: None, .. } => {}
+                Kind::Shim { stream, .. } => {
+                    if let Err(error) = send(stream, &Order::Go).await {
+                        // Its end is told by the next read.
+                        warn!(%error, "a shim cannot be reached");
+                    }
                 }
-                *running = false;
-                *gone = true;
-                // It ends when nobody talks to it any more; the runtime reaps it.
-                drop(stream.shutdown().await);
-                let ending = tokio::time::timeout(limits::KILL_MAX, shim.wait()).await;
-                if ending.is_err() {
-                    ended.uncertain = true;
-                }
-                ended
             }
-        }
+        })
+    }
+
+    fn signal(&mut self, signal: i32) -> Doing<'_, io::Result<()>> {
+        Box::pin(async move {
+            match &mut self.kind {
+                Kind::Group { process: Some(process), .. } => process.get_ref().signal(signal),
+                Kind::Group { process: None, .. } => Ok(()),
+                Kind::Shim { stream, .. } => send(stream, &Order::Signal(signal)).await,
+            }
+        })
+    }
+
+    fn next(&mut self) -> Doing<'_, Happened> {
+        Box::pin(async move {
+            match &mut self.kind {
+                Kind::Group { process, .. } => {
+                    let Some(watched) = process else { return std::future::pending().await };
+                    let exit = wait_for(watched).await;
+                    let failure = watched.get_ref().failure();
+                    *process = None;
+                    Happened::Exited { exit, failure }
+                }
+                Kind::Shim { stream, buffer, running, gone, .. } => {
+                    if *gone && !*running {
+                        return std::future::pending().await;
+                    }
+                    loop {
+                        let happened = match told(stream, buffer).await {
+                            Some(Told::Started { pid }) => Happened::Started { pid },
+                            Some(Told::NotStarted(refusal)) => {
+                                *running = false;
+                                Happened::NotStarted(refusal)
+                            }
+                            Some(Told::Exited { exit, failure }) => {
+                                *running = false;
+                                Happened::Exited { exit, failure }
+                            }
+                            // Only an answer, and nobody asked.
+                            Some(Told::Ended { .. }) => continue,
+                            None => {
+                                *gone = true;
+                                if !std::mem::take(running) {
+                                    return std::future::pending().await;
+                                }
+                                // It was killed, and the process with it.
+                                Happened::Exited { exit: Exit::Signal(libc::SIGKILL), failure: None }
+                            }
+                        };
+                        return happened;
+                    }
+                }
+            }
+        })
+    }
+
+    fn end(&mut self) -> Doing<'_, Ended> {
+        Box::pin(async move {
+            self.ends = None;
+            match &mut self.kind {
+                Kind::Group { group, process } => end_group(group, process.take()).await,
+                Kind::Shim { shim, stream, buffer, running, gone } => {
+                    let mut ended = Ended { uncertain: *gone, ..Ended::default() };
+                    if !*gone {
+                        end_shim(stream, buffer, *running, &mut ended).await;
+                    }
+                    *running = false;
+                    *gone = true;
+                    // It ends when nobody talks to it any more; the runtime reaps it.
+                    drop(stream.shutdown().await);
+                    let ending = tokio::time::timeout(limits::KILL_MAX, shim.wait()).await;
+                    if ending.is_err() {
+                        ended.uncertain = true;
+                    }
+                    ended
+                }
+            }
+        })
+    }
+
+    fn out_of_memory(&self) -> bool {
+        self.groups.out_of_memory()
+    }
+
+    fn remove_limits(&mut self) {
+        self.groups.remove();
     }
 }
 
@@ -352,4 +322,11 @@ async fn end_shim(stream: &mut UnixStream, buffer: &mut Vec<u8>, mut running: bo
     // Its own patience and a little for the way.
     let done = tokio::time::timeout(limits::KILL_MAX + limits::DRAIN_MAX, ending).await;
     ended.uncertain |= !done.unwrap_or(false);
+}
+
+/// Errors of groups are told with their cause.
+impl From<GroupError> for Refusal {
+    fn from(error: GroupError) -> Self {
+        Self { reason: Reason::HostExhausted, detail: told_in_full(&error) }
+    }
 }

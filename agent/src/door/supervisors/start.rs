@@ -133,7 +133,11 @@ impl Starter {
         let world = self.world.clone();
         tokio::spawn(async move {
             let _kept = doors;
-            if let Err(error) = supervisor::run(configuration, world, incoming).await {
+            let supervising = async {
+                let processes = supervisor::host_processes(&configuration)?;
+                supervisor::run(configuration, world, processes, incoming).await
+            };
+            if let Err(error) = supervising.await {
                 error!(%error, "a supervisor inside this process failed");
             }
         });

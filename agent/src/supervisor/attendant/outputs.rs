@@ -44,11 +44,13 @@ struct Output {
 
 /// Write ends of the pipes.
 #[derive(Debug)]
-pub(crate) struct OutputEnds {
-    pub(crate) stdout: OwnedFd,
-    pub(crate) stderr: OwnedFd,
+pub struct OutputEnds {
+    /// Of the standard output.
+    pub stdout: OwnedFd,
+    /// Of the standard error.
+    pub stderr: OwnedFd,
     /// For what a command tells of its phases, where it does.
-    pub(crate) reports: Option<OwnedFd>,
+    pub reports: Option<OwnedFd>,
 }
 
 impl OutputEnds {

@@ -16,11 +16,9 @@ use crate::{
     supervisor::{
         account::{self, Account},
         blobs::Owner,
-        cgroup::LimitGroups,
         reports::Reports,
         spool::{Quota, SpoolWriter},
         task::Refusal,
-        tree::Tree,
         workspace::{Workspace, WorkspaceError},
     },
 };
@@ -44,19 +42,7 @@ impl Attendant {
         let with_reports = self.spec.phases.iter().any(|phase| phase.reports_phases);
         let (outputs, ends) =
             Outputs::new(with_reports).map_err(|error| exhausted("make the output pipes", &error))?;
-        let name = self.task.short();
-        let tree = match &self.around.cgroup {
-            Some(session) => Tree::in_group(session.join(format!("t-{name}")), ends)
-                .map_err(|error| exhausted("contain the task", &told_in_full(&error)))?,
-            None => Tree::under_shim(&self.around.relaunch, ends)
-                .map_err(|error| exhausted("start the shim of the task", &error))?,
-        };
-        let legacy = LimitGroups::name_of(self.task);
-        let groups = LimitGroups::create(&self.around.hierarchies, tree.group(), &legacy, &self.spec.limits)
-            .map_err(|error| Refusal {
-                reason: Reason::LimitsUnavailable,
-                detail: format!("the limits of the block cannot be set: {}", told_in_full(&error)),
-            })?;
+        let tree = self.around.processes.tree(self.task, &self.spec.limits, ends)?;
         let socket = socket_path(&self.around.session_dir, self.task);
         let opened = self.around.relay.open(self.task, &socket, owner.map(|owner| (owner.uid, owner.gid)));
         let has_socket = match opened {
@@ -73,7 +59,6 @@ impl Attendant {
             environment,
             account,
             tree,
-            groups,
             outputs,
             reports: Reports::default(),
             begun: false,

@@ -15,11 +15,11 @@ pub(crate) const KILL: i32 = 9;
 
 /// Why something could not be begun.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-pub(crate) struct Refusal {
+pub struct Refusal {
     /// The fixed word.
-    pub(crate) reason: Reason,
+    pub reason: Reason,
     /// What was attempted and what the system answered, in one sentence.
-    pub(crate) detail: String,
+    pub detail: String,
 }
 
 /// Why the session is over.
