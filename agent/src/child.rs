@@ -25,7 +25,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::error;
 
 use crate::{
-    door::{Door, DoorConfig, DoorError, Listener},
+    door::{Door, DoorConfig, DoorError, Listener, Supervisors},
     entry::{Relaunch, is_entry_variable},
 };
 
@@ -113,7 +113,7 @@ async fn serve(directory: &Path, relaunch: Relaunch) -> Result<(), ChildError> {
         state: directory.to_owned(),
         relaunch,
         base_environment: environment_of_the_test(),
-        supervisors_inside: true,
+        supervisors: Supervisors::Inside,
         blobs_bytes_max: limits::BLOBS_BYTES_MAX,
     };
     let door = Door::open(config, World::system()).await?;

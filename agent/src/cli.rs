@@ -22,7 +22,7 @@ use tracing_subscriber::EnvFilter;
 use crate::{
     child::{self, ChildError},
     config::{CONFIG_PATH, Config, ConfigError, UNIX_SOCKET},
-    door::{Door, DoorConfig, DoorError, base_environment, reload},
+    door::{Door, DoorConfig, DoorError, Supervisors, base_environment, reload},
     entry::Relaunch,
     pki::{self, Authority, CERTIFICATE_LIFE, PkiError, Wanted},
 };
@@ -236,7 +236,7 @@ async fn serve(config: Config, relaunch: Relaunch) -> Result<(), RunError> {
         state: config.state_directory.clone(),
         relaunch,
         base_environment: base_environment(),
-        supervisors_inside: false,
+        supervisors: Supervisors::Processes,
         blobs_bytes_max: limits::BLOBS_BYTES_MAX,
     };
     // First the state: an agent that may not use it must not take the socket of the one that does.

@@ -40,6 +40,7 @@ use tonic::Status;
 use tracing::{debug, error, info, warn};
 
 pub use self::acceptor::{Connection, Listener};
+pub use self::supervisors::{StartSupervisor, Starting, Supervisors};
 use self::{
     service::Service,
     status::{DiskUse, LastErrors},
@@ -81,8 +82,8 @@ pub struct DoorConfig {
     pub relaunch: Relaunch,
     /// Environment that every block gets.
     pub base_environment: Vec<(String, String)>,
-    /// Whether supervisors run inside this process: for an agent that ends with its one controller.
-    pub supervisors_inside: bool,
+    /// Where supervisors run.
+    pub supervisors: Supervisors,
     /// Bytes that shipped files may take together: [`limits::BLOBS_BYTES_MAX`] for a real agent.
     pub blobs_bytes_max: u64,
 }
@@ -615,7 +616,12 @@ impl Door {
             .map_err(|source| DoorError::Blobs { source })?;
         let incarnation = world.ids.token();
         let hierarchies = Hierarchies::find();
-        let (cgroup, claim) = own_group(&hierarchies, &config.state).unzip();
+        let own = match config.supervisors {
+            Supervisors::Processes | Supervisors::Inside => own_group(&hierarchies, &config.state),
+            // What contains their trees is not this host.
+            Supervisors::Elsewhere(_) => None,
+        };
+        let (cgroup, claim) = own.unzip();
         let (notices_in, notices) = mpsc::channel(NOTICES_COUNT_MAX);
         let starter = Starter {
             relaunch: config.relaunch,
@@ -624,7 +630,7 @@ impl Door {
             cgroup: cgroup.clone(),
             world: world.clone(),
             incarnation: incarnation.clone(),
-            inside: config.supervisors_inside,
+            supervisors: config.supervisors,
         };
         let shared = Arc::new(Shared {
             started: world.clock.since_boot(),

@@ -368,42 +368,60 @@ fn say(line: &str) {
 
 fn serve(directory: &Path) -> Result<(), SupervisorError> {
     leave_terminal();
-    let path = directory.join(CONFIG_FILE);
-    let text = fs::read(&path).map_err(failed("read", &path))?;
-    let config: SupervisorConfig = serde_json::from_slice(&text)
-        .map_err(|source| SupervisorError::Configuration { path: path.clone(), source })?;
-    let _lock = lock(&directory.join(LOCK_FILE))?;
-    let processes = host_processes(&config)?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         // Packing and copying only.
         .max_blocking_threads(4)
         .build()
         .map_err(SupervisorError::Runtime)?;
-    let served = runtime.block_on(async {
-        let socket = directory.join(SOCKET_FILE);
-        match fs::remove_file(&socket) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                return Err(failed("remove the old socket", &socket)(error));
-            }
-            _ => {}
-        }
-        let listener = UnixListener::bind(&socket).map_err(failed("listen on", &socket))?;
-        fs::set_permissions(&socket, fs::Permissions::from_mode(0o600))
-            .map_err(failed("close to others the socket", &socket))?;
-        let (doors, came) = mpsc::channel(DOORS_COUNT_MAX);
-        drop(tokio::spawn(accept(listener, doors)));
+    let served = runtime.block_on(attend(directory, World::system(), host_processes, || {
         say(READY);
         close_stdout();
-        let served = run(config, World::system(), processes, came).await;
-        // Results may be kept for a while; nobody answers here any more.
-        if let Err(error) = fs::remove_file(&socket) {
-            warn!(%error, "the socket of the session is left behind");
-        }
-        served
-    });
+    }));
     // What still copies or packs belongs to a session that is over.
     runtime.shutdown_background();
+    served
+}
+
+/// Runs the supervisor whose configuration lies in a session's directory, as [`run`] does; doors come to its socket there.
+/// `listening` is called once they can. Holds the lock of the directory meanwhile.
+///
+/// # Errors
+/// When the directory cannot be used, or another supervisor lives in it.
+///
+/// # Cancel safety
+/// Not safe: dropped, it leaves running what it started.
+pub async fn attend(
+    directory: &Path,
+    world: World,
+    processes: impl FnOnce(&SupervisorConfig) -> Result<Arc<dyn Processes>, SupervisorError>,
+    listening: impl FnOnce(),
+) -> Result<(), SupervisorError> {
+    let path = directory.join(CONFIG_FILE);
+    let text = fs::read(&path).map_err(failed("read", &path))?;
+    let config: SupervisorConfig = serde_json::from_slice(&text)
+        .map_err(|source| SupervisorError::Configuration { path: path.clone(), source })?;
+    let _lock = lock(&directory.join(LOCK_FILE))?;
+    let processes = processes(&config)?;
+    let socket = directory.join(SOCKET_FILE);
+    match fs::remove_file(&socket) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            return Err(failed("remove the old socket", &socket)(error));
+        }
+        _ => {}
+    }
+    let listener = UnixListener::bind(&socket).map_err(failed("listen on", &socket))?;
+    fs::set_permissions(&socket, fs::Permissions::from_mode(0o600))
+        .map_err(failed("close to others the socket", &socket))?;
+    let (doors, came) = mpsc::channel(DOORS_COUNT_MAX);
+    // It ends with this future, so that nobody is let in who would never be served.
+    let _accepting = tokio_util::task::AbortOnDropHandle::new(tokio::spawn(accept(listener, doors)));
+    listening();
+    let served = run(config, world, processes, came).await;
+    // Results may be kept for a while; nobody answers here any more.
+    if let Err(error) = fs::remove_file(&socket) {
+        warn!(%error, "the socket of the session is left behind");
+    }
     served
 }
 

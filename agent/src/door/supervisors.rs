@@ -39,6 +39,7 @@ use tonic::{Code, Status};
 use tracing::{error, info, warn};
 
 use self::relayed::RelaySink;
+pub use self::start::{StartSupervisor, Starting, Supervisors};
 pub(crate) use self::{
     alive::find_alive,
     directory::{Kept, SessionDirectory, sessions_directory},

@@ -20,7 +20,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use tonic::{Code, transport::Channel};
 
-use super::{Connection, Door, DoorConfig, DoorError, identity::Caller};
+use super::{Connection, Door, DoorConfig, DoorError, Supervisors, identity::Caller};
 use crate::entry::tests::this_test_binary;
 
 /// Small enough to be filled.
@@ -39,7 +39,7 @@ fn config(state: &Path, inside: bool) -> DoorConfig {
         state: state.to_owned(),
         relaunch: this_test_binary(),
         base_environment: vec![("PATH".to_owned(), std::env::var("PATH").unwrap())],
-        supervisors_inside: inside,
+        supervisors: if inside { Supervisors::Inside } else { Supervisors::Processes },
         blobs_bytes_max: BLOBS_BYTES_MAX,
     }
 }

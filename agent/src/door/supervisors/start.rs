@@ -2,9 +2,12 @@
 
 use std::{
     ffi::OsString,
+    fmt,
+    future::Future,
     io,
     os::unix::process::CommandExt as _,
     path::{Path, PathBuf},
+    pin::Pin,
     process::Stdio,
     sync::Arc,
     time::Duration,
@@ -64,6 +67,27 @@ pub(crate) enum StartError {
     },
 }
 
+/// Where the supervisors of sessions run.
+#[derive(Debug, Clone)]
+pub enum Supervisors {
+    /// Each in a process of its own, which outlives this agent.
+    Processes,
+    /// In this process, and they end with it: for an agent that ends with its one controller.
+    Inside,
+    /// Where whoever was handed in starts them: in a simulation.
+    Elsewhere(Arc<dyn StartSupervisor>),
+}
+
+/// Starts supervisors that outlive the door.
+pub trait StartSupervisor: Send + Sync + fmt::Debug {
+    /// Starts the one whose configuration lies in a session's directory, as [`supervisor::attend`] does. Done once it
+    /// listens there.
+    fn start(&self, session_dir: PathBuf) -> Starting<'_>;
+}
+
+/// A supervisor that is about to listen.
+pub type Starting<'a> = Pin<Box<dyn Future<Output = io::Result<()>> + Send + 'a>>;
+
 /// How supervisors are started here.
 #[derive(Debug, Clone)]
 pub(crate) struct Starter {
@@ -79,8 +103,8 @@ pub(crate) struct Starter {
     pub(crate) world: World,
     /// The agent's incarnation.
     pub(crate) incarnation: String,
-    /// Whether supervisors run in this process.
-    pub(crate) inside: bool,
+    /// Where supervisors run.
+    pub(crate) supervisors: Supervisors,
 }
 
 impl Starter {
@@ -106,16 +130,24 @@ impl Starter {
             cgroup: self.cgroup.clone(),
             blobs_dir: self.blobs.clone(),
         };
-        let stream = if self.inside {
+        let stream = if let Supervisors::Inside = self.supervisors {
             self.start_inside(configuration, directory.path())?
         } else {
             directory
                 .write_configuration(&configuration)
                 .map_err(|source| StartError::Directory { path: directory.path().to_owned(), source })?;
-            self.start_process(&directory).await?
+            match &self.supervisors {
+                Supervisors::Elsewhere(starts) => {
+                    let started = starts.start(directory.path().to_owned()).await;
+                    started.map_err(|source| StartError::Talk { source: WireError::Broken(source) })?;
+                }
+                _ => self.start_process(&directory).await?,
+            }
+            let connected = UnixStream::connect(directory.socket()).await;
+            connected.map_err(|source| StartError::Talk { source: WireError::Broken(source) })?
         };
         let incarnation = self.incarnation.clone();
-        let reconnects = !self.inside;
+        let reconnects = !matches!(self.supervisors, Supervisors::Inside);
         let begun = Supervised::begin(session_id, directory, stream, incarnation, notices, reconnects).await;
         begun.map(|(supervised, _)| supervised).map_err(|source| StartError::Talk { source })
     }
@@ -144,7 +176,7 @@ impl Starter {
         Ok(near)
     }
 
-    async fn start_process(&self, directory: &SessionDirectory) -> Result<UnixStream, StartError> {
+    async fn start_process(&self, directory: &SessionDirectory) -> Result<(), StartError> {
         let arguments = [OsString::from(directory.path())];
         let mut command = self.relaunch.command(Role::Supervisor, &arguments);
         command
@@ -175,7 +207,6 @@ impl Starter {
             let said = if said.trim().is_empty() { "it ended without a word" } else { said.trim() };
             return Err(StartError::Said { said: printable(said.as_bytes(), 1_024) });
         }
-        let connected = UnixStream::connect(directory.socket()).await;
-        connected.map_err(|source| StartError::Talk { source: WireError::Broken(source) })
+        Ok(())
     }
 }
