@@ -50,6 +50,8 @@ struct Jobs {
     arrived: Condvar,
     /// Room for bytes that are not written yet.
     room: Semaphore,
+    /// Where there is no thread: everything is written by whoever hands it over.
+    in_place: Option<Mutex<Desk>>,
 }
 
 impl fmt::Debug for Jobs {
@@ -59,7 +61,22 @@ impl fmt::Debug for Jobs {
 }
 
 impl Jobs {
+    fn new(in_place: Option<Mutex<Desk>>) -> Self {
+        Self {
+            waiting: Mutex::default(),
+            arrived: Condvar::new(),
+            room: Semaphore::new(UNITS_COUNT),
+            in_place,
+        }
+    }
+
     fn put(&self, job: Job) {
+        if let Some(desk) = &self.in_place {
+            let mut desk = desk.lock().unwrap_or_else(PoisonError::into_inner);
+            self.room.add_permits(desk.perform(job));
+            desk.flush();
+            return;
+        }
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner).push_back(job);
         self.arrived.notify_one();
     }
@@ -155,16 +172,18 @@ impl Scribe {
     /// # Errors
     /// When the system has no thread to give.
     pub(crate) fn start(on_log: Vec<OnLog>) -> std::io::Result<Self> {
-        let jobs = Arc::new(Jobs {
-            waiting: Mutex::default(),
-            arrived: Condvar::new(),
-            room: Semaphore::new(UNITS_COUNT),
-        });
+        let jobs = Arc::new(Jobs::new(None));
         let thread = std::thread::Builder::new().name("millstream-results".to_owned()).spawn({
             let jobs = Arc::clone(&jobs);
-            move || Desk { on_log, open: HashMap::new(), unflushed: BTreeSet::new() }.run(&jobs)
+            move || Desk::new(on_log).run(&jobs)
         })?;
         Ok(Self { jobs, thread: Some(thread) })
+    }
+
+    /// A scribe without a thread: it writes at once, in the time of whoever hands something over. For a simulation, whose
+    /// clock does not wait for threads.
+    pub(crate) fn in_place(on_log: Vec<OnLog>) -> Self {
+        Self { jobs: Arc::new(Jobs::new(Some(Mutex::new(Desk::new(on_log))))), thread: None }
     }
 
     /// Opens the files of a task that is about to be handed over.
@@ -217,6 +236,10 @@ struct Desk {
 }
 
 impl Desk {
+    fn new(on_log: Vec<OnLog>) -> Self {
+        Self { on_log, open: HashMap::new(), unflushed: BTreeSet::new() }
+    }
+
     fn run(mut self, jobs: &Jobs) {
         loop {
             let job = {
@@ -234,35 +257,32 @@ impl Desk {
                     }
                 }
             };
-            let units = match job {
-                Job::Stop => return self.flush(),
-                Job::Begin { task, files, clock } => {
-                    self.begin(&task, *files, clock);
-                    0
-                }
-                Job::Records { task, records, units } => {
-                    self.records(task, &records);
-                    units
-                }
-                Job::ArchiveBegins { task, size_bytes, sha256 } => {
-                    self.archive_begins(task, size_bytes, sha256);
-                    0
-                }
-                Job::ArchivePiece { task, data, units } => {
-                    self.archive_piece(task, &data);
-                    units
-                }
-                Job::ArchiveEnds { task } => {
-                    self.archive_ends(task);
-                    0
-                }
-                Job::Finish(finish) => {
-                    self.finish(*finish);
-                    0
-                }
-            };
-            jobs.room.add_permits(units);
+            if let Job::Stop = job {
+                return self.flush();
+            }
+            jobs.room.add_permits(self.perform(job));
         }
+    }
+
+    /// Does one job. Gives the units of room that it had taken.
+    fn perform(&mut self, job: Job) -> usize {
+        match job {
+            // Nothing is open at the end but what is flushed.
+            Job::Stop => {}
+            Job::Begin { task, files, clock } => self.begin(&task, *files, clock),
+            Job::Records { task, records, units } => {
+                self.records(task, &records);
+                return units;
+            }
+            Job::ArchiveBegins { task, size_bytes, sha256 } => self.archive_begins(task, size_bytes, sha256),
+            Job::ArchivePiece { task, data, units } => {
+                self.archive_piece(task, &data);
+                return units;
+            }
+            Job::ArchiveEnds { task } => self.archive_ends(task),
+            Job::Finish(finish) => self.finish(*finish),
+        }
+        0
     }
 
     fn flush(&mut self) {

@@ -1,7 +1,7 @@
 //! How streams are opened: definitions are gathered, the driver is started, nothing is connected.
 
 use std::{
-    env, fmt,
+    env, fmt, io,
     path::PathBuf,
     sync::{Arc, Mutex},
     time::Duration,
@@ -9,7 +9,10 @@ use std::{
 
 use millstream_common::{clock::World, id::TestName, limits, text::spoken};
 use serde::Serialize;
-use tokio::sync::watch;
+use tokio::{
+    runtime::{Handle, Runtime},
+    sync::watch,
+};
 
 use super::{
     OpenError, Streams,
@@ -57,6 +60,7 @@ pub struct StreamsBuilder {
     environment: bool,
     resolvers: Vec<Arc<dyn Resolver>>,
     world: World,
+    runtime: Option<Handle>,
 }
 
 /// One parameter that is set for this test.
@@ -99,6 +103,7 @@ impl StreamsBuilder {
             environment: true,
             resolvers: Vec::new(),
             world: World::system(),
+            runtime: None,
         }
     }
 
@@ -197,6 +202,14 @@ impl StreamsBuilder {
         self
     }
 
+    /// Takes clocks and numbers from `world`, and runs on a runtime of the caller instead of threads of its own: for a
+    /// simulation that holds both. The runtime must be driven until the streams are closed; nothing here may block it, so
+    /// close them instead of dropping them.
+    pub fn simulated(mut self, world: World, runtime: Handle) -> Self {
+        (self.world, self.runtime) = (world, Some(runtime));
+        self
+    }
+
     /// The parameters with everything that is set over them.
     fn overridden(&mut self) -> Result<(), SetParamError> {
         for one in std::mem::take(&mut self.overrides) {
@@ -260,21 +273,26 @@ impl StreamsBuilder {
             .or_else(|| env::var_os(RESULTS_VARIABLE).filter(|path| !path.is_empty()).map(PathBuf::from))
             .unwrap_or_else(|| PathBuf::from(RESULTS_DIRECTORY));
         let writer = ResultsWriter::create(&results, &test, self.layout)?;
-        let scribe = Scribe::start(self.on_log).map_err(OpenError::Driver)?;
-        let runtime = tokio::runtime::Builder::new_multi_thread()
-            .worker_threads(WORKERS_COUNT)
-            .thread_name("millstream-driver")
-            .enable_all()
-            .build()
-            .map_err(OpenError::Driver)?;
+        let (own, runtime) = match self.runtime {
+            Some(runtime) => (None, runtime),
+            None => {
+                let own = own_runtime().map_err(OpenError::Driver)?;
+                let handle = own.handle().clone();
+                (Some(own), handle)
+            }
+        };
+        let scribe = match &own {
+            Some(_) => Scribe::start(self.on_log).map_err(OpenError::Driver)?,
+            None => Scribe::in_place(self.on_log),
+        };
         let shared = Arc::new(TestShared {
             test: test.clone(),
             registry: Mutex::new(registry),
             unfinished: watch::Sender::new(0),
         });
         let inbox = Arc::new(Mailbox::new());
-        let driver = driver::handle(&inbox, runtime.handle());
-        let sync = SyncHost::new(self.world.clone(), runtime.handle());
+        let driver = driver::handle(&inbox, &runtime);
+        let sync = SyncHost::new(self.world.clone(), &runtime);
         sync.streams_defined(shared.lock().streams.len());
         let (ended, receiver) = watch::channel(None);
         let setup = Setup {
@@ -289,21 +307,18 @@ impl StreamsBuilder {
             shared: Arc::clone(&shared),
             inbox: Arc::clone(&inbox),
         };
-        let watched = Arc::clone(&shared);
-        std::thread::Builder::new()
-            .name("millstream".to_owned())
-            .spawn(move || {
-                // As a task of the runtime, and not on this thread, it is woken by its neighbours without a detour.
-                let driving = runtime.spawn(async move { Driver::new(setup).run().await });
-                let left_behind = runtime.block_on(driving).unwrap_or_else(|error| {
-                    inbox.close();
-                    watched.abandon();
-                    vec![format!("the driver failed: {error}")]
-                });
-                runtime.shutdown_background();
-                ended.send_replace(Some(left_behind));
-            })
-            .map_err(OpenError::Driver)?;
+        match own {
+            None => drop(runtime.spawn(async move { drop(ended.send_replace(Some(drive(setup).await))) })),
+            Some(own) => {
+                let on_a_thread = move || {
+                    let left_behind = own.block_on(drive(setup));
+                    own.shutdown_background();
+                    ended.send_replace(Some(left_behind));
+                };
+                let thread = std::thread::Builder::new().name("millstream".to_owned());
+                drop(thread.spawn(on_a_thread).map_err(OpenError::Driver)?);
+            }
+        }
         let core = Arc::new(Core {
             shared,
             params: self.params,
@@ -318,6 +333,27 @@ impl StreamsBuilder {
         });
         Ok(Streams { core, closed: false })
     }
+}
+
+/// The runtime of a driver that has its own.
+fn own_runtime() -> io::Result<Runtime> {
+    tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(WORKERS_COUNT)
+        .thread_name("millstream-driver")
+        .enable_all()
+        .build()
+}
+
+/// Runs a driver to its end, and tells what it could not tidy.
+async fn drive(setup: Setup) -> Vec<String> {
+    let (inbox, shared) = (Arc::clone(&setup.inbox), Arc::clone(&setup.shared));
+    // As a task of the runtime, and not on the thread that waits for it, it is woken by its neighbours without a detour.
+    let driving = tokio::spawn(async move { Driver::new(setup).run().await });
+    driving.await.unwrap_or_else(|error| {
+        inbox.close();
+        shared.abandon();
+        vec![format!("the driver failed: {error}")]
+    })
 }
 
 /// What operators see of this controller.
