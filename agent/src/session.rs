@@ -100,6 +100,9 @@ pub enum Access {
     Read,
     /// Changes something.
     Change,
+    /// Ends the session: possible with any epoch that it has had, for whoever ends it never comes back to it. A controller
+    /// that comes back and does not hear of it must be able to end what it has given up.
+    End,
 }
 
 /// A session as it was found on disk at the start of the agent.
@@ -460,7 +463,7 @@ impl Sessions {
         if session.owner != *owner || !session.secret.matches(&key.secret) {
             return Err(KeyRefusal::NotYours);
         }
-        if session.epoch != key.epoch {
+        if session.epoch != key.epoch && (access != Access::End || key.epoch > session.epoch) {
             return Err(KeyRefusal::Superseded { given: key.epoch, newest: session.epoch });
         }
         // The supervisor enforces the lease; this clock is asked as well, because its message may still be on the way.
@@ -918,6 +921,10 @@ mod tests {
         assert_eq!(refusal(&sessions, key(2, 1), &owner, changed, at(2)), Some(KeyRefusal::Unknown));
         let old = KeyRefusal::Superseded { given: 1, newest: 2 };
         assert_eq!(refusal(&sessions, key(1, 1), &owner, changed, at(2)), Some(old));
+        // Whoever has given a session up may end it, whether or not it heard how often it came back; nobody guesses ahead.
+        assert_eq!(refusal(&sessions, key(1, 0), &owner, Access::End, at(2)), None);
+        let ahead = KeyRefusal::Superseded { given: 3, newest: 2 };
+        assert_eq!(refusal(&sessions, key(1, 3), &owner, Access::End, at(2)), Some(ahead));
         let guess = Key { secret: secret(7), ..key(1, 2) };
         assert_eq!(refusal(&sessions, guess, &owner, changed, at(2)), Some(KeyRefusal::NotYours));
         let thief = Owner("thief".into());

@@ -9,7 +9,10 @@ use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
     future::Future,
     pin::pin,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -38,6 +41,7 @@ use crate::{
 
 mod bulk;
 mod calls;
+mod close;
 mod events;
 mod messages;
 mod open;
@@ -73,6 +77,7 @@ impl Link {
             reports: Arc::new(reports),
             pending: VecDeque::new(),
             previous: None,
+            asked: Arc::default(),
         };
         tokio::spawn(link.run());
         Self { orders }
@@ -167,8 +172,11 @@ struct Loop {
     reports: Reports,
     /// Orders that came while nothing could be done with them.
     pending: VecDeque<Order>,
-    /// A session that was lost: closed before another one is opened, so that its tasks are gone first.
+    /// A session that was lost, or of which nobody knows whether it was opened: closed before another one is opened, so that
+    /// its tasks are gone first, and in the end.
     previous: Option<Session>,
+    /// Whether the host may have opened the session that is being opened, and nobody heard.
+    asked: Arc<AtomicBool>,
 }
 
 impl Loop {
@@ -178,7 +186,10 @@ impl Loop {
             for order in self.orders.take().await {
                 match order {
                     Order::Connect => connect = true,
-                    Order::Close => return self.end(Vec::new()).await,
+                    Order::Close => {
+                        let left = self.close_previous().await;
+                        return self.end(left).await;
+                    }
                     // They are about a session that is gone, and the driver knows by now.
                     _ => {}
                 }
@@ -204,14 +215,18 @@ impl Loop {
     /// One session from its opening to its end. True when the link itself is to end.
     async fn session(&mut self) -> bool {
         let session = Session { id: self.world.ids.session_id(), secret: self.world.ids.token(), epoch: 0 };
+        self.asked.store(false, Ordering::Relaxed);
         let deadline = self.world.clock.now() + limits::REACH_MAX;
         let (connection, opened, belief) = match self.reach_host(&session, false, 1, deadline).await {
             Ok(reached) => reached,
             Err(Break::Close) => {
-                self.end(Vec::new()).await;
+                self.doubt(session);
+                let left = self.close_previous().await;
+                self.end(left).await;
                 return true;
             }
             Err(Break::Connection(why) | Break::Session { why, .. }) => {
+                self.doubt(session);
                 warn!(place = self.reach.describe(), why, "host is not reachable");
                 self.forget_pending();
                 self.report(Report::Lost { why, reason: Reason::Unreachable }).await;
@@ -238,7 +253,7 @@ impl Loop {
             connections.send_replace(None);
             let why = match why {
                 Break::Close => {
-                    let left = self.close(&connection).await;
+                    let left = self.close(connection.control.clone(), &connection.session).await;
                     drop(bulk);
                     self.end(left).await;
                     return true;
@@ -270,12 +285,9 @@ impl Loop {
                 }
                 Err(Break::Close) => {
                     drop(bulk);
-                    let left = format!(
-                        "{} could not be asked to end its session ({why}): it ends by itself within {}",
-                        self.reach.describe(),
-                        spoken(self.options.lease)
-                    );
-                    self.end(vec![left]).await;
+                    self.previous = Some(session);
+                    let left = self.close_previous().await;
+                    self.end(left).await;
                     return true;
                 }
                 Err(Break::Session { why, reason }) => {
@@ -290,6 +302,13 @@ impl Loop {
                     return false;
                 }
             }
+        }
+    }
+
+    /// Remembers a session that the host may have opened although nobody heard of it.
+    fn doubt(&mut self, session: Session) {
+        if self.asked.load(Ordering::Relaxed) {
+            self.previous = Some(session);
         }
     }
 
@@ -493,31 +512,6 @@ impl Loop {
             }
         }
         Ok(())
-    }
-
-    /// Asks the host to end everything. What it could not end, or that it could not be asked, comes back as text.
-    async fn close(&self, connection: &Connection) -> Vec<String> {
-        let mut control = connection.control.clone();
-        let request = v1::CloseSessionRequest { session: Some(connection.session.key()) };
-        let place = self.reach.describe();
-        match timeout(limits::CLOSE_MAX, control.close_session(request)).await {
-            Ok(Ok(response)) => {
-                let survivors = response.into_inner().survivors;
-                survivors.iter().map(|text| format!("{place}: {}", printable(text.as_bytes(), 512))).collect()
-            }
-            // A session that is gone has left nothing to close.
-            Ok(Err(status)) if session_is_gone(&status) => Vec::new(),
-            Ok(Err(status)) => vec![format!(
-                "{place} could not be asked to end its session ({}): it ends by itself within {}",
-                pipe::call_failure(&status),
-                spoken(self.options.lease)
-            )],
-            Err(_elapsed) => vec![format!(
-                "{place} did not end its session within {}: it ends by itself within {}",
-                spoken(limits::CLOSE_MAX),
-                spoken(self.options.lease)
-            )],
-        }
     }
 }
 

@@ -335,7 +335,7 @@ impl AgentService for Service {
         let caller = caller_of(&request)?;
         let key = key_in(request.into_inner().session)?;
         let now = self.shared.world.clock.since_boot();
-        let checked = self.shared.sessions().check(&key, &caller.owner(), Access::Read, now).map(|_| ());
+        let checked = self.shared.sessions().check(&key, &caller.owner(), Access::End, now).map(|_| ());
         match checked {
             Ok(()) => {}
             // Nothing of it is here: that is what was asked for.

@@ -65,6 +65,8 @@ struct FakeState {
     large: Vec<String>,
 }
 
+/// Long enough for a loaded machine, and short enough to wait for its end.
+const LEASE: Duration = Duration::from_secs(3);
 /// What `large` prints: in two pieces, the second by the bulk connection alone.
 const PIECE: usize = 70_000;
 
@@ -449,6 +451,7 @@ fn lab() -> Lab {
         .stream("a", format!("{kind}://x"))
         .stream("b", format!("{kind}://x"))
         .deadline(Duration::from_secs(60))
+        .lease(LEASE)
         .open()
         .unwrap();
     Lab { fake, streams, results }
@@ -571,6 +574,20 @@ async fn a_session_that_the_host_forgot_loses_its_tasks_and_a_new_one_serves_the
     assert_eq!(outcome.kind, OutcomeKind::Lost, "{outcome}");
     assert!(stream.run_fg(word("true")).await.unwrap().passed());
     assert_eq!(lab.fake.lock().closed, 1, "the lost session was closed before the new one was opened");
+}
+
+#[tokio::test]
+async fn a_session_that_was_lost_is_ended_when_its_host_can_be_asked_again() {
+    let lab = lab();
+    let hanging = lab.streams.get("a").unwrap().run_bg(word("hang"));
+    hanging.ready(Ready::log("hang")).await.unwrap();
+    lab.fake.shared.unreachable.store(true, Ordering::SeqCst);
+    lab.fake.shared.cut.send_modify(|count| *count += 1);
+    assert_eq!(hanging.outcome().await.kind, OutcomeKind::Lost);
+    assert_eq!(lab.fake.lock().closed, 0);
+    lab.fake.shared.unreachable.store(false, Ordering::SeqCst);
+    lab.streams.close().await.unwrap();
+    assert_eq!(lab.fake.lock().closed, 1);
 }
 
 #[tokio::test]

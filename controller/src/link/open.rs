@@ -2,7 +2,10 @@
 //!
 //! Decides whether trying again can help; when and how often is the link's to decide.
 
-use std::sync::{Arc, OnceLock};
+use std::sync::{
+    Arc, OnceLock,
+    atomic::{AtomicBool, Ordering},
+};
 
 use millstream_common::{
     clock::World,
@@ -31,6 +34,7 @@ pub(super) struct Attempt {
     previous: Option<Session>,
     resume: bool,
     number: u64,
+    asked: Arc<AtomicBool>,
 }
 
 impl Attempt {
@@ -43,6 +47,7 @@ impl Attempt {
             previous: link.previous.clone(),
             resume,
             number,
+            asked: Arc::clone(&link.asked),
         }
     }
 
@@ -72,9 +77,20 @@ impl Attempt {
             exclusive: self.options.exclusive,
             resume: self.resume,
         };
+        // From here on until an answer is there, whoever gives up does not know.
+        let unsure = self.asked.swap(true, Ordering::Relaxed);
         let sent = self.world.clock.now();
         let sent_ns = self.world.clock.wall_ns();
-        let response = control.open_session(request).await.map_err(|status| refused(&status))?.into_inner();
+        let response = match control.open_session(request).await {
+            Ok(response) => response.into_inner(),
+            Err(status) => {
+                let error = refused(&status);
+                if matches!(error, OpenError::Final { .. }) || !pipe::is_transport_failure(&status) {
+                    self.asked.store(unsure, Ordering::Relaxed);
+                }
+                return Err(error);
+            }
+        };
         let received_ns = self.world.clock.wall_ns();
         let boot_id = response.host.as_ref().map_or("", |host| host.boot_id.as_str());
         let mut clock = if shares_this_kernel(boot_id) { HostClock::same() } else { HostClock::default() };

@@ -1,0 +1,78 @@
+//! Ends a session on its host, and tells what could not be ended or asked.
+//!
+//! Every attempt is bounded: a test must come to its end whatever its hosts do. What cannot be asked ends by itself with
+//! its lease, and whoever closes is told so.
+
+use millstream_common::{
+    limits, pipe,
+    text::{printable, spoken},
+};
+use millstream_proto::v1;
+use tokio::time::{Instant, timeout_at};
+
+use super::{
+    Client, Loop, Session,
+    open::{OpenError, dial},
+    session_is_gone,
+};
+
+impl Loop {
+    /// Asks the host to end everything of a session, on a connection that works. What it could not end, or that it could
+    /// not be asked, comes back as text.
+    pub(super) async fn close(&self, control: Client, session: &Session) -> Vec<String> {
+        self.close_until(self.world.clock.now() + limits::CLOSE_MAX, control, session).await
+    }
+
+    /// The same for a session that has no connection but may still run on its host: because it was lost, or because nobody
+    /// heard whether it was opened.
+    pub(super) async fn close_previous(&mut self) -> Vec<String> {
+        let Some(session) = self.previous.take() else { return Vec::new() };
+        if !self.reach.survives_disconnect() {
+            // It went with the connection.
+            return Vec::new();
+        }
+        let deadline = self.world.clock.now() + limits::CLOSE_MAX;
+        let mut pause = limits::RECONNECT_PAUSE_MIN;
+        let mut why = "it did not answer".to_owned();
+        loop {
+            match timeout_at(deadline, dial(&*self.reach)).await {
+                Ok(Ok(control)) => return self.close_until(deadline, control, &session).await,
+                Ok(Err(OpenError::Again(last))) => why = last,
+                Ok(Err(OpenError::Final { why, .. })) => return vec![self.unasked(&why)],
+                Err(_elapsed) => return vec![self.unasked(&why)],
+            }
+            if self.world.clock.now() + pause >= deadline {
+                return vec![self.unasked(&why)];
+            }
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(limits::RECONNECT_PAUSE_MAX);
+        }
+    }
+
+    async fn close_until(&self, deadline: Instant, mut control: Client, session: &Session) -> Vec<String> {
+        let request = v1::CloseSessionRequest { session: Some(session.key()) };
+        let place = self.reach.describe();
+        match timeout_at(deadline, control.close_session(request)).await {
+            Ok(Ok(response)) => {
+                let survivors = response.into_inner().survivors;
+                survivors.iter().map(|text| format!("{place}: {}", printable(text.as_bytes(), 512))).collect()
+            }
+            // A session that is gone has left nothing to close.
+            Ok(Err(status)) if session_is_gone(&status) => Vec::new(),
+            Ok(Err(status)) => vec![self.unasked(&pipe::call_failure(&status))],
+            Err(_elapsed) => vec![format!(
+                "{place} did not end its session within {}: it ends by itself within {}",
+                spoken(limits::CLOSE_MAX),
+                spoken(self.options.lease)
+            )],
+        }
+    }
+
+    fn unasked(&self, why: &str) -> String {
+        format!(
+            "{} could not be asked to end its session ({why}): it ends by itself within {}",
+            self.reach.describe(),
+            spoken(self.options.lease)
+        )
+    }
+}
