@@ -1,0 +1,51 @@
+//! The whole of Millstream in one process: the real controller, agents and supervisors over a simulated network, with
+//! scripts in place of processes and with faults that follow from a seed.
+//!
+//! A seed decides blocks, faults and their times. It does not decide in which order a runtime looks at what is ready, so
+//! that a seed which fails once may need some runs to fail again. `MILLSTREAM_SIMULATION_SEEDS=1000..2000` runs other
+//! seeds than the usual few; one number runs that one.
+
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
+mod dice;
+mod hosts;
+mod ledger;
+mod plan;
+mod promises;
+mod run;
+mod scripts;
+
+use std::{env, ops::Range};
+
+/// Which seeds are run instead of the usual ones.
+const SEEDS_VARIABLE: &str = "MILLSTREAM_SIMULATION_SEEDS";
+/// Seeds that are run always: few enough for a small machine under load.
+const USUAL: Range<u64> = 0..9;
+/// Seeds that have found something once: sessions that were given up and ran on, unmentioned, when the test was closed.
+const REGRESSIONS: &[u64] = &[18, 20, 26];
+
+fn chosen() -> Vec<u64> {
+    let Ok(text) = env::var(SEEDS_VARIABLE) else {
+        return USUAL.chain(REGRESSIONS.iter().copied()).collect();
+    };
+    let number =
+        |text: &str| text.parse().unwrap_or_else(|_| panic!("{SEEDS_VARIABLE}: `{text}` is no number"));
+    match text.split_once("..") {
+        Some((from, to)) => (number(from)..number(to)).collect(),
+        None => vec![number(&text)],
+    }
+}
+
+#[test]
+fn every_promise_is_kept_whatever_goes_wrong() {
+    hosts::register_network();
+    let broken: Vec<String> = chosen()
+        .into_iter()
+        .filter_map(|seed| {
+            let complaints = run::run(seed);
+            let again = format!("{SEEDS_VARIABLE}={seed} cargo test --test simulation");
+            (!complaints.is_empty()).then(|| format!("seed {seed} ({again}):\n  {}", complaints.join("\n  ")))
+        })
+        .collect();
+    assert!(broken.is_empty(), "{}", broken.join("\n"));
+}
