@@ -543,7 +543,8 @@ impl Shared {
                 self.directory(session_id).record_loss(now);
                 self.remove_at(session_id, now + limits::EXPIRED_RESULTS_KEPT);
             }
-            Notice::Gone => {}
+            // Whoever watches the status sees that it has no process any more.
+            Notice::Gone => self.status_has_changed(),
         }
     }
 
