@@ -202,6 +202,8 @@ pub const PATH_COMPONENT_BYTES_MAX: usize = 255;
 pub const PATH_BYTES_MAX: usize = 4_096;
 /// Bytes of one archive.
 pub const ARCHIVE_BYTES_MAX: u64 = 64 * GIB;
+/// The value that a function returns, as JSON.
+pub const VALUE_BYTES_MAX: u64 = 16 * MIB as u64;
 /// The whiteboard of a task.
 pub const WHITEBOARD_BYTES_MAX: u64 = MIB as u64;
 

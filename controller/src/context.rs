@@ -34,6 +34,9 @@ pub struct BlockContext {
     sync: OnceLock<SyncClient>,
 }
 
+/// The value that a function returned, in the output directory.
+pub(crate) const VALUE_FILE: &str = ".millstream/value.json";
+
 /// Why a block cannot see or tell something.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -177,6 +180,14 @@ impl BlockContext {
             file.write_all(format!("{line}\n").as_bytes())
         };
         write().map_err(|source| ContextError::File { attempt: "write", path: path.clone(), source })
+    }
+
+    /// Leaves what the function returned where the outcome looks for it.
+    pub(crate) fn leave_value(&self, text: &str) -> Result<(), ContextError> {
+        let path = self.output.join(VALUE_FILE);
+        let directory = path.parent().unwrap_or(&self.output);
+        let written = fs::create_dir_all(directory).and_then(|()| fs::write(&path, text));
+        written.map_err(|source| ContextError::File { attempt: "write", path: path.clone(), source })
     }
 
     /// A parameter that the block was given.

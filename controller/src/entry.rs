@@ -17,8 +17,9 @@ use std::{
 use millstream_agent::entry::{ROLE_VARIABLE, Relaunch, dispatch_and_exit};
 
 use crate::{
+    alone,
     block::{
-        function::{Arguments, Function},
+        function::{Arguments, BlockFailure, Function},
         payload::ARGUMENTS_VARIABLE,
     },
     context::{BlockContext, outside_of_runtimes},
@@ -62,12 +63,22 @@ static ENTERED: AtomicBool = AtomicBool::new(false);
 /// First line of a `main` that opens streams: lets the program be its own agent and the payload of its own Rust blocks.
 ///
 /// Returns at once in an ordinary run. In a process that was started to do something for another, it does that and ends
-/// the process.
+/// the process; and so it does when the variable `MILLSTREAM_ALONE` names a block to be run alone
+/// ([`run_alone`](crate::run_alone)).
 pub fn enter() {
     ENTERED.store(true, Ordering::Relaxed);
     if std::env::var_os(ROLE_VARIABLE).is_some() {
         // A `main` may be asynchronous; what runs here starts a runtime of its own.
         outside_of_runtimes(|| dispatch_and_exit(Some(run_block)));
+    }
+    run_alone_and_exit();
+}
+
+/// Runs the block that the environment names, if it names one, and ends the process with its exit code.
+fn run_alone_and_exit() {
+    if let Some(code) = outside_of_runtimes(alone::run_named) {
+        let _flushed: io::Result<()> = io::stdout().flush();
+        std::process::exit(code.into());
     }
 }
 
@@ -75,6 +86,7 @@ pub fn enter() {
 #[doc(hidden)]
 pub fn enter_test() {
     dispatch_and_exit(Some(run_block));
+    run_alone_and_exit();
 }
 
 /// Why this program cannot be started again.
@@ -147,7 +159,15 @@ fn run_block(arguments: Vec<OsString>) -> ExitCode {
         // The context outlives a panic only to be dropped.
         Ok((function, mut context, arguments)) => {
             match catch_unwind(AssertUnwindSafe(|| (function.run)(&mut context, arguments))) {
-                Ok(Ok(())) => 0,
+                // Nothing is left for a block without a value: most tasks then have no archive at all.
+                Ok(Ok(value)) if value == "null" => 0,
+                Ok(Ok(value)) => match context.leave_value(&value) {
+                    Ok(()) => 0,
+                    Err(error) => {
+                        complain(&format!("error: {}", BlockFailure::from(error)));
+                        1
+                    }
+                },
                 Ok(Err(failure)) => {
                     complain(&format!("error: {failure}"));
                     1

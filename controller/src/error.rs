@@ -3,7 +3,7 @@
 use std::{error::Error as StdError, fmt, sync::Arc};
 
 use crate::{
-    outcome::{FailureReport, Outcome},
+    outcome::{FailureReport, Outcome, ValueError},
     params::{GetParamError, ReadParamsError, SetParamError},
     results::WriteResultsError,
     stream::StartError,
@@ -56,6 +56,9 @@ pub enum Error {
     /// A task was never ready.
     #[error(transparent)]
     Ready(#[from] ReadyError),
+    /// The value of a task cannot be had.
+    #[error(transparent)]
+    Value(#[from] ValueError),
     /// Tasks were not started together.
     #[error(transparent)]
     Start(#[from] StartError),

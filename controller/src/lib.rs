@@ -46,6 +46,7 @@
 #[cfg(test)]
 extern crate self as millstream;
 
+pub mod alone;
 pub mod block;
 pub mod blocking;
 pub mod context;
@@ -65,6 +66,7 @@ pub mod sync;
 pub mod task;
 mod topology;
 
+pub use alone::run_alone;
 pub use block::function::{BlockFailure, BlockResult};
 pub use block::{
     Block, BlockError, BlockReference, Command, Resolution, ResolveError, Resolver, exec, python, reference,
@@ -82,6 +84,7 @@ pub use millstream_common::{
 pub use millstream_macros::block;
 pub use outcome::{
     CausedBy, Exit, Expectation, Failure, FailureReport, Outcome, OutcomeKind, Phase, Reason, Report,
+    ValueError,
 };
 pub use params::{
     DefineStreamsError, GetParamError, Origin, Params, ReadParamsError, Reference, ReferenceError,

@@ -159,6 +159,28 @@ impl Outcome {
         self.read("stderr", 16 * limits::WHITEBOARD_BYTES_MAX)
     }
 
+    /// What a Rust block returned. One that returned nothing gives what `null` is read as, such as `()` or `None`. Read from
+    /// the results, at most 16 MiB.
+    ///
+    /// # Errors
+    /// When the task did not pass, or the value has another type.
+    pub fn value<T: serde::de::DeserializeOwned>(&self) -> Result<T, ValueError> {
+        let path = self.data().join(crate::context::VALUE_FILE);
+        if !self.passed() {
+            return Err(ValueError::NotPassed { sentence: self.sentence() });
+        }
+        let text = match std::fs::read_to_string(&path) {
+            Ok(text) => text,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => "null".to_owned(),
+            Err(source) => return Err(ValueError::Read { path, source }),
+        };
+        serde_json::from_str(&text).map_err(|source| ValueError::Type {
+            task: self.label(),
+            type_name: std::any::type_name::<T>(),
+            source,
+        })
+    }
+
     fn read(&self, name: &str, limit: u64) -> String {
         // A task that came after the end of the test has no directory.
         if self.results.as_os_str().is_empty() {
@@ -253,6 +275,38 @@ impl fmt::Display for Outcome {
         }
         Ok(())
     }
+}
+
+/// Why the value of a task cannot be had.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ValueError {
+    /// Only a block that passed has a value.
+    #[error("there is no value: {sentence}")]
+    NotPassed {
+        /// How the task ended.
+        sentence: String,
+    },
+    /// The results cannot be read.
+    #[error("failed to read the value in `{}`", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// It has another type.
+    #[error("what task {task} returned cannot be read as `{type_name}`")]
+    Type {
+        /// The task.
+        task: String,
+        /// The type that was wanted.
+        type_name: &'static str,
+        /// Why not.
+        #[source]
+        source: serde_json::Error,
+    },
 }
 
 /// The beginning of a text file; empty when it cannot be read.

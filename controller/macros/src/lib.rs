@@ -14,7 +14,8 @@ use syn::{Attribute, FnArg, Ident, ItemFn, Pat, Type, parse_quote, spanned::Span
 /// The function is called in a process of its own, on the host of the stream. Its arguments travel as JSON, so each is an
 /// owned type with `serde::Serialize` and `serde::de::DeserializeOwned`. A first argument of type `&mut BlockContext` does
 /// not travel: it gives barriers, topics, parameters and places for results. The function returns
-/// `millstream::BlockResult`, another `Result<(), E>`, or nothing; an error or a panic makes the block fail.
+/// `millstream::BlockResult<T>`, another `Result<T, E>`, or nothing; an error or a panic makes the block fail, and the value
+/// is had with `outcome.value::<T>()`.
 ///
 /// ```ignore
 /// #[millstream::block]
@@ -27,25 +28,22 @@ use syn::{Attribute, FnArg, Ident, ItemFn, Pat, Type, parse_quote, spanned::Span
 /// ```
 #[proc_macro_attribute]
 pub fn block(attribute: TokenStream, item: TokenStream) -> TokenStream {
-    let attribute = Tokens::from(attribute);
-    let function = match syn::parse::<ItemFn>(item) {
-        Ok(function) => function,
-        Err(error) => {
-            let message = "`#[millstream::block]` stands on a function";
-            return syn::Error::new(error.span(), message).into_compile_error().into();
-        }
-    };
+    let block = make(&attribute.into(), item.into());
+    block.unwrap_or_else(syn::Error::into_compile_error).into()
+}
+
+fn make(attribute: &Tokens, item: Tokens) -> syn::Result<Tokens> {
+    let no_function =
+        |error: syn::Error| syn::Error::new(error.span(), "`#[millstream::block]` stands on a function");
+    let function = syn::parse2::<ItemFn>(item).map_err(no_function)?;
     let checked = if attribute.is_empty() {
         check(&function)
     } else {
         let message =
             "`#[millstream::block]` takes no arguments: say more with the methods of the block it makes";
-        Err(syn::Error::new_spanned(&attribute, message))
+        Err(syn::Error::new_spanned(attribute, message))
     };
-    match checked.and_then(|()| expand(&function)) {
-        Ok(tokens) => tokens.into(),
-        Err(error) => error.into_compile_error().into(),
-    }
+    checked.and_then(|()| expand(&function))
 }
 
 /// What no block can be.
@@ -117,7 +115,7 @@ fn expand(function: &ItemFn) -> syn::Result<Tokens> {
 
     let returned = function.sig.output.span();
     let call = quote_spanned! { returned =>
-        ::millstream::__private::BlockReturn::into_result(#name(#context #(#names),*))
+        ::millstream::__private::BlockReturn::into_value(#name(#context #(#names),*))
     };
     Ok(quote! {
         #(#outer)*
@@ -201,5 +199,67 @@ fn argument_of(pattern: &Pat, kind: &Type) -> syn::Result<Argument> {
             Ok(Argument { name: ident.ident.clone(), kind: kind.clone() })
         }
         _ => Err(syn::Error::new_spanned(pattern, "an argument of a block has a plain name")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn refusal(attribute: &str, item: &str) -> String {
+        let tokens = |text: &str| text.parse::<Tokens>().expect("the text is Rust");
+        make(&tokens(attribute), tokens(item)).expect_err("it is misuse").to_string()
+    }
+
+    #[test]
+    fn misuse_is_told_what_to_write_instead() {
+        let refusals = [
+            ("", "struct A;", "`#[millstream::block]` stands on a function"),
+            (
+                "timeout = 3",
+                "fn f() {}",
+                "`#[millstream::block]` takes no arguments: say more with the methods of the block it makes",
+            ),
+            (
+                "",
+                "async fn f() {}",
+                "a block is a plain function, called in a process of its own: start a runtime inside it",
+            ),
+            ("", "unsafe fn f() {}", "a block is called from elsewhere, so it must be safe to call"),
+            ("", "const fn f() {}", "a block runs on a host: it cannot be `const`"),
+            ("", "extern \"C\" fn f() {}", "a block is a plain Rust function"),
+            (
+                "",
+                "fn f<T>(a: T) {}",
+                "a block has no type or lifetime parameters: its arguments travel, so their types must be known",
+            ),
+            (
+                "",
+                "fn f(&self) {}",
+                "a block is a function outside of any type: pass what it needs as arguments",
+            ),
+            ("", "fn f(ctx: &BlockContext) {}", "take the context as `&mut BlockContext`"),
+            ("", "fn f(ctx: BlockContext) {}", "take the context as `&mut BlockContext`"),
+            ("", "fn f(a: u8, ctx: &mut BlockContext) {}", "the context is the first argument of a block"),
+            (
+                "",
+                "fn f(a: &str) {}",
+                "arguments of a block travel to another process: take an owned type, such as `String` for `&str` or `Vec<T>` for `&[T]`",
+            ),
+            ("", "fn f(a: impl Copy) {}", "arguments of a block travel to another process: name a type"),
+            ("", "fn f((a, b): (u8, u8)) {}", "an argument of a block has a plain name"),
+        ];
+        for (attribute, item, expected) in refusals {
+            assert_eq!(refusal(attribute, item), expected, "{item}");
+        }
+    }
+
+    #[test]
+    fn the_block_keeps_name_visibility_and_arguments() {
+        let item = "/// Serves.\npub(crate) fn serve(ctx: &mut BlockContext, mut port: u16) -> BlockResult<u64> { Ok(1) }";
+        let made =
+            make(&Tokens::new(), item.parse().expect("the text is Rust")).expect("it is a block").to_string();
+        assert!(made.contains("pub (crate) fn serve (port : u16) -> :: millstream :: Block"), "{made}");
+        assert!(made.starts_with("# [doc"), "{made}");
     }
 }

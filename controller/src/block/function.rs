@@ -4,14 +4,16 @@
 
 use std::{collections::BTreeMap, fmt};
 
+use millstream_common::limits;
 use serde::{Serialize, de::DeserializeOwned};
 use serde_json::value::RawValue;
 
 use super::{Block, Kind, Parameter, payload::PayloadError};
 use crate::context::BlockContext;
 
-/// How a block of Rust ends: `?` takes any error.
-pub type BlockResult = Result<(), BlockFailure>;
+/// How a block of Rust ends: `?` takes any error. A value travels home as JSON and is had from the outcome with
+/// [`Outcome::value`](crate::Outcome::value); at most 16 MiB.
+pub type BlockResult<T = ()> = Result<T, BlockFailure>;
 
 /// Why a block of Rust has failed: any error, or a text.
 ///
@@ -42,35 +44,53 @@ impl fmt::Display for BlockFailure {
     }
 }
 
-/// What a function with `#[millstream::block]` may return: nothing, or a result whose error is any error.
+/// What a function with `#[millstream::block]` may return: nothing, or a result of a value that can be written as JSON,
+/// whose error is any error.
 #[diagnostic::on_unimplemented(
-    message = "a block returns `millstream::BlockResult`, another `Result<(), E>` of an error, or nothing",
+    message = "a block returns `millstream::BlockResult<T>`, another `Result<T, E>` of a value and an error, or nothing",
     label = "not a block's result"
 )]
 pub trait BlockReturn {
-    /// As a block's result.
+    /// The value as JSON; `null` for none.
     ///
     /// # Errors
-    /// When the block has failed.
-    fn into_result(self) -> BlockResult;
+    /// When the block has failed, or its value cannot be written.
+    fn into_value(self) -> BlockResult<String>;
 }
 
 impl BlockReturn for () {
-    fn into_result(self) -> BlockResult {
-        Ok(())
+    fn into_value(self) -> BlockResult<String> {
+        value_text(&())
     }
 }
 
-impl BlockReturn for BlockResult {
-    fn into_result(self) -> BlockResult {
-        self
+impl<T: Serialize> BlockReturn for Result<T, BlockFailure> {
+    fn into_value(self) -> BlockResult<String> {
+        value_text(&self?)
     }
 }
 
-impl<E: Into<Box<dyn std::error::Error + Send + Sync>>> BlockReturn for Result<(), E> {
-    fn into_result(self) -> BlockResult {
-        self.map_err(BlockFailure::from)
+impl<T: Serialize, E: Into<Box<dyn std::error::Error + Send + Sync>>> BlockReturn for Result<T, E> {
+    fn into_value(self) -> BlockResult<String> {
+        value_text(&self.map_err(BlockFailure::from)?)
     }
+}
+
+/// Why a value of a block does not travel.
+#[derive(Debug, thiserror::Error)]
+enum ValueRefused {
+    #[error("the value that the block returns cannot be written as JSON")]
+    NotJson(#[source] serde_json::Error),
+    #[error("the value that the block returns has {length} bytes: at most {limit} travel; write it to a file in `ctx.output_dir()`", limit = limits::VALUE_BYTES_MAX)]
+    TooLong { length: usize },
+}
+
+fn value_text(value: &impl Serialize) -> BlockResult<String> {
+    let text = serde_json::to_string(value).map_err(ValueRefused::NotJson)?;
+    if text.len() as u64 > limits::VALUE_BYTES_MAX {
+        return Err(ValueRefused::TooLong { length: text.len() }.into());
+    }
+    Ok(text)
 }
 
 /// Every registered function of this program.
@@ -86,7 +106,7 @@ pub struct Function {
     /// Names of the arguments that travel, in their order.
     pub arguments: &'static [&'static str],
     /// Runs it.
-    pub run: fn(&mut BlockContext, Arguments) -> BlockResult,
+    pub run: fn(&mut BlockContext, Arguments) -> BlockResult<String>,
 }
 
 impl Function {
@@ -232,8 +252,12 @@ pub enum ArgumentError {
 mod tests {
     use super::*;
 
-    static NOTHING: Function =
-        Function { key: "nothing", name: "nothing", arguments: &["a", "b"], run: |_, _| Ok(()) };
+    static NOTHING: Function = Function {
+        key: "nothing",
+        name: "nothing",
+        arguments: &["a", "b"],
+        run: |_, _| Ok("null".to_owned()),
+    };
 
     #[test]
     fn arguments_travel_with_their_types() {
@@ -268,6 +292,24 @@ mod tests {
         assert_eq!(
             call.arguments(&parameters).unwrap_err().to_string(),
             "argument `a` of `nothing` is a secret parameter, and arguments are no secrets: let the function read it with `ctx.param`"
+        );
+    }
+
+    #[test]
+    fn what_a_block_returns_is_json_within_its_bound() {
+        assert_eq!(().into_value().unwrap(), "null");
+        assert_eq!(BlockResult::Ok((1, "a")).into_value().unwrap(), "[1,\"a\"]");
+        let failed: Result<u8, &str> = Err("no port");
+        assert_eq!(failed.into_value().unwrap_err().to_string(), "no port");
+        let map = std::collections::BTreeMap::from([((1, 2), 3)]);
+        assert_eq!(
+            BlockResult::Ok(map).into_value().unwrap_err().to_string(),
+            "the value that the block returns cannot be written as JSON: key must be a string"
+        );
+        let long = "x".repeat(usize::try_from(limits::VALUE_BYTES_MAX).unwrap());
+        assert_eq!(
+            BlockResult::Ok(long).into_value().unwrap_err().to_string(),
+            "the value that the block returns has 16777218 bytes: at most 16777216 travel; write it to a file in `ctx.output_dir()`"
         );
     }
 

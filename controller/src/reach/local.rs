@@ -24,7 +24,7 @@ use millstream_common::{
 use tokio::{net::UnixStream, sync::Mutex, task::spawn_blocking};
 
 use super::{DialError, Dialing, Reach};
-use crate::entry;
+use crate::{alone::ALONE_VARIABLE, entry};
 
 /// The agent's program, when this one cannot be started again.
 const PROGRAM: &str = "millstream-agent";
@@ -139,6 +139,7 @@ impl Agent {
         let failed = |reason: String| DialError::LocalAgent { program: program.clone(), reason };
         let log = File::create(directory.join(LOG)).map_err(|error| failed(error.to_string()))?;
         let child = command
+            .env_remove(ALONE_VARIABLE)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(log)

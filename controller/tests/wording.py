@@ -1,0 +1,5 @@
+"""Beside `blocks_page.py`, and shipped with it."""
+
+
+def answer_to(line):
+    return line.upper()
