@@ -4,8 +4,12 @@ use std::{env, error::Error, fs, path::PathBuf};
 
 use prost::Message as _;
 
-const FILES: [&str; 3] =
-    ["millstream/v1/agent.proto", "millstream/v1/sync.proto", "millstream/supervisor/v1/supervisor.proto"];
+const FILES: [&str; 4] = [
+    "millstream/v1/agent.proto",
+    "millstream/v1/sync.proto",
+    "millstream/v1/nested.proto",
+    "millstream/supervisor/v1/supervisor.proto",
+];
 
 fn main() -> Result<(), Box<dyn Error>> {
     println!("cargo::rerun-if-changed=millstream");

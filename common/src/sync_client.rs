@@ -212,18 +212,7 @@ impl SyncClient {
     /// # Errors
     /// When nobody listens there.
     pub async fn connect_in(path: impl Into<PathBuf>, world: World) -> Result<Self, SyncError> {
-        let path = path.into();
-        let dialled = path.clone();
-        let connector = tower::service_fn(move |_: Uri| {
-            let path = dialled.clone();
-            async move { Ok::<_, io::Error>(TokioIo::new(dial(&path).await?)) }
-        });
-        // The name is never resolved; it becomes the `:authority` of every call.
-        let channel = Endpoint::from_static("http://localhost")
-            .http2_max_local_error_reset_streams(limits::HTTP2_LOCAL_RESETS_MAX)
-            .connect_with_connector(connector)
-            .await
-            .map_err(|source| SyncError::Connect { path, source })?;
+        let channel = channel(path).await?;
         let client = SyncServiceClient::new(channel)
             .max_decoding_message_size(limits::RELAY_MESSAGE_BYTES_MAX)
             .max_encoding_message_size(limits::RELAY_MESSAGE_BYTES_MAX);
@@ -414,6 +403,25 @@ impl SyncClient {
             }
         }
     }
+}
+
+/// A connection for calls to the services behind a task's socket.
+///
+/// # Errors
+/// When nobody listens there.
+pub async fn channel(path: impl Into<PathBuf>) -> Result<Channel, SyncError> {
+    let path = path.into();
+    let dialled = path.clone();
+    let connector = tower::service_fn(move |_: Uri| {
+        let path = dialled.clone();
+        async move { Ok::<_, io::Error>(TokioIo::new(dial(&path).await?)) }
+    });
+    // The name is never resolved; it becomes the `:authority` of every call.
+    Endpoint::from_static("http://localhost")
+        .http2_max_local_error_reset_streams(limits::HTTP2_LOCAL_RESETS_MAX)
+        .connect_with_connector(connector)
+        .await
+        .map_err(|source| SyncError::Connect { path, source })
 }
 
 async fn dial(path: &Path) -> io::Result<UnixStream> {

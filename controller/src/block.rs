@@ -50,6 +50,7 @@ pub struct Block {
     expectation: Expectation,
     joins: Option<Vec<Result<BarrierName, millstream_common::id::NameError>>>,
     log_quota: Option<(u64, u64)>,
+    may_run_streams: bool,
 }
 
 /// What a block runs.
@@ -98,6 +99,7 @@ impl Block {
             expectation: Expectation::Pass,
             joins: None,
             log_quota: None,
+            may_run_streams: false,
         }
     }
 
@@ -115,6 +117,11 @@ impl Block {
     /// Which end is expected.
     pub(crate) fn expectation(&self) -> Expectation {
         self.expectation
+    }
+
+    /// Whether the block may run streams itself.
+    pub(crate) fn runs_streams(&self) -> bool {
+        self.may_run_streams
     }
 
     /// The barriers that the block declared to take part in; none when it may enter any. Names that are refused are left

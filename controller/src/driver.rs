@@ -28,9 +28,10 @@ use tracing::debug;
 use crate::{
     block::Block,
     link::{Link, LinkOptions, Opened, Order, Put, Report, Sending},
+    nested::Gate,
     outcome::CausedBy,
     queue::{Action, Ending, Event, Queue},
-    results::{report::TaskReport, writer::ResultsWriter},
+    results::{nested::NestedTask, report::TaskReport, writer::ResultsWriter},
     streams::{StreamShared, TestShared},
     sync::host::SyncHost,
     task::{Stage, TaskShared},
@@ -66,6 +67,7 @@ pub(crate) struct Setup {
     pub(crate) writer: ResultsWriter,
     pub(crate) scribe: Scribe,
     pub(crate) sync: SyncHost,
+    pub(crate) gate: Arc<Gate>,
     pub(crate) shared: Arc<TestShared>,
     pub(crate) inbox: Arc<Mailbox<Input>>,
 }
@@ -163,6 +165,8 @@ pub(crate) struct Driver {
     streams: BTreeMap<usize, StreamState>,
     works: HashMap<TaskId, Work>,
     reports: BTreeMap<u32, TaskReport>,
+    /// Tasks of streams that blocks ran themselves.
+    nested: Vec<NestedTask>,
     closing: bool,
     left_behind: Vec<String>,
     actions: Vec<Action>,
@@ -182,6 +186,7 @@ impl Driver {
             streams: BTreeMap::new(),
             works: HashMap::new(),
             reports: BTreeMap::new(),
+            nested: Vec::new(),
             closing: false,
             left_behind: Vec::new(),
             actions: Vec::new(),
@@ -203,6 +208,7 @@ impl Driver {
                 () = sleep_until(deadline), if !self.closing => self.pass_deadline(),
             }
         }
+        self.setup.gate.close().await;
         self.end()
     }
 

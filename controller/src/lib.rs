@@ -55,6 +55,7 @@ mod driver;
 pub mod entry;
 pub mod error;
 mod link;
+mod nested;
 pub mod outcome;
 pub mod params;
 mod queue;

@@ -5,6 +5,7 @@
 
 pub(crate) mod layout;
 pub(crate) mod lines;
+pub(crate) mod nested;
 pub(crate) mod report;
 pub(crate) mod timeline;
 pub(crate) mod writer;

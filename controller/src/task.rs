@@ -52,6 +52,8 @@ pub(crate) struct TaskShared {
     pub(crate) stream_number: u32,
     pub(crate) test_number: u32,
     pub(crate) block: BlockName,
+    /// Whether it may run streams itself.
+    pub(crate) runs_streams: bool,
     pub(crate) expectation: Expectation,
     pub(crate) schedule_time_ns: u64,
     /// Where blocks on other hosts find this one's host.

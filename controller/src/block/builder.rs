@@ -152,6 +152,13 @@ impl Block {
         self
     }
 
+    /// The block may run blocks itself: [`Streams::open`](crate::Streams::open) inside it gives it the streams of the test,
+    /// with queues, barriers and topics of their own. What they leave lies in `streams/` of this task's results.
+    pub fn may_run_streams(mut self) -> Self {
+        self.may_run_streams = true;
+        self
+    }
+
     /// How much of what the block prints is kept: so many bytes from the beginning and from the end. What is between is
     /// counted, and the place is marked. 4 GiB and 1 MiB unless set.
     pub fn log_quota(mut self, head_bytes: u64, tail_bytes: u64) -> Self {

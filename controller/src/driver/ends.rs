@@ -18,7 +18,7 @@ use crate::{
     results::{
         report::{
             BarrierReport, ClockReport, HostReport, Moment, PartyReport, Seconds, StreamReport, TaskSubject,
-            TestReport, WaitReport,
+            TestReport, WaitReport, in_global_order,
         },
         timeline::HostClock,
     },
@@ -48,6 +48,7 @@ impl Driver {
         }
         let fate = TaskFate { unexpected, sentence, last_line: end.last_lines.last().cloned() };
         self.setup.sync.task_ended(task, fate);
+        self.setup.gate.forget(task);
     }
 
     /// The end of a task is decided: its files are completed.
@@ -91,6 +92,7 @@ impl Driver {
             clock,
             caused_by: work.caused_by.as_ref().map(|cause| cause.task.clone()),
             problem,
+            runs_streams: shared.runs_streams,
             unopened,
             done: Box::new(move |written| {
                 if inbox.put(Input::Written(Box::new(written))).is_err() {
@@ -101,7 +103,8 @@ impl Driver {
     }
 
     pub(super) fn written(&mut self, written: Written) {
-        let Written { task, report, end, results, problem } = written;
+        let Written { task, report, end, results, problem, nested } = written;
+        self.nested.extend(nested);
         let Some(work) = self.works.remove(&task) else { return };
         let clock = match self.streams.get_mut(&work.stream) {
             Some(state) => {
@@ -194,7 +197,7 @@ impl Driver {
     }
 
     /// Writes what came of the test and ends everything that the driver started.
-    pub(super) fn end(self) -> Vec<String> {
+    pub(super) fn end(mut self) -> Vec<String> {
         // From here on blocks that are scheduled come back to who schedules them.
         for input in self.setup.inbox.close() {
             if let Input::Schedule(schedule) = input {
@@ -202,6 +205,8 @@ impl Driver {
             }
         }
         let sync = self.setup.sync.records();
+        let mut nested = std::mem::take(&mut self.nested);
+        nested.sort_by_key(|task| task.enqueue_time_ns);
         let streams = self.streams.values().map(|state| self.stream_report(state)).collect();
         for &stream in self.streams.keys() {
             self.write_stream(stream);
@@ -218,7 +223,7 @@ impl Driver {
             start_time: Moment(self.begin_ns),
             end_time: Moment(self.setup.world.clock.wall_ns()),
             streams,
-            tasks: self.reports.into_values().collect(),
+            tasks: in_global_order(self.reports.into_values(), nested),
             barriers: barriers(sync.barriers),
             waits: waits(sync.waits),
             waits_omitted_count: sync.waits_omitted_count,

@@ -24,6 +24,7 @@ use tracing::info;
 use crate::{
     results::{
         lines::{Line, LineSplitter},
+        nested::{NestedTask, Within, bring_home},
         report::{TaskReport, TaskSubject},
         timeline::HostClock,
         writer::TaskFiles,
@@ -100,6 +101,8 @@ pub(crate) struct Finish {
     pub(crate) caused_by: Option<String>,
     /// What could not be had of it.
     pub(crate) problem: Option<String>,
+    /// Whether it may have run streams itself.
+    pub(crate) runs_streams: bool,
     /// Its files, when nothing was ever written.
     pub(crate) unopened: Option<TaskFiles>,
     /// Called on the thread when all is written.
@@ -115,6 +118,8 @@ pub(crate) struct Written {
     pub(crate) results: std::path::PathBuf,
     /// What is missing on disk and why.
     pub(crate) problem: Option<String>,
+    /// Tasks of the streams that it ran itself.
+    pub(crate) nested: Vec<NestedTask>,
 }
 
 /// Where a link puts what arrives of one task.
@@ -350,7 +355,7 @@ impl Desk {
     }
 
     fn finish(&mut self, finish: Finish) {
-        let Finish { subject, end, clock, caused_by, problem, unopened, done } = finish;
+        let Finish { subject, end, clock, caused_by, problem, runs_streams, unopened, done } = finish;
         let task = subject.task_id;
         self.unflushed.remove(&task);
         let (mut files, written) = match (self.open.remove(&task), unopened) {
@@ -364,10 +369,22 @@ impl Desk {
         files.set_clock(clock);
         let results = files.directory().to_owned();
         let directory = files.relative_directory().to_string_lossy().into_owned();
+        let nested = if runs_streams {
+            let label = format!("{}/{}-{}", subject.stream, subject.stream_number, subject.block);
+            bring_home(Within { label: &label, directory: &results, relative: &directory, clock })
+        } else {
+            Ok(Vec::new())
+        };
+        let (nested, unmoved) = match nested {
+            Ok(nested) => (nested, None),
+            Err(error) => {
+                (Vec::new(), Some(format!("the results of its own streams are not in their place: {error}")))
+            }
+        };
         let report = TaskReport::new(subject, &end, clock, caused_by, directory);
         let finished = files.finish(&report).err().map(|error| with_causes(&error));
-        let problem = problem.or(written).or(finished);
-        done(Written { task, report, end, results, problem });
+        let problem = problem.or(written).or(unmoved).or(finished);
+        done(Written { task, report, end, results, problem, nested });
     }
 }
 

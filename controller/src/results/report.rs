@@ -11,7 +11,10 @@ use millstream_common::{
 };
 use serde::{Serialize, Serializer};
 
-use super::timeline::{HostClock, stamp};
+use super::{
+    nested::NestedTask,
+    timeline::{HostClock, stamp},
+};
 
 /// A moment on the controller's clock, in nanoseconds since 1970; written as RFC 3339.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -52,8 +55,8 @@ pub(crate) struct TestReport {
     pub(crate) end_time: Moment,
     /// Streams in their order.
     pub(crate) streams: Vec<StreamReport>,
-    /// Tasks in their global order.
-    pub(crate) tasks: Vec<TaskReport>,
+    /// Tasks in their global order, those of nested streams among them.
+    pub(crate) tasks: Vec<TaskEntry>,
     /// Barriers in the order in which they were decided.
     pub(crate) barriers: Vec<BarrierReport>,
     /// Waits for values of topics, in the order in which they ended.
@@ -187,6 +190,34 @@ pub(crate) struct TaskReport {
     last_lines: Vec<String>,
     /// Seen from the test's directory.
     directory: String,
+}
+
+/// One task of a test.
+#[derive(Debug, Clone, Serialize)]
+#[serde(untagged)]
+pub(crate) enum TaskEntry {
+    /// Of one of its streams.
+    Own(Box<TaskReport>),
+    /// Of a stream that one of its blocks opened: as its own test reports it, with `within`, the task of the block.
+    Nested(serde_json::Value),
+}
+
+/// Own tasks by their number, each nested one behind the last that was enqueued before it. Nested ones come sorted.
+#[must_use]
+pub(crate) fn in_global_order(
+    own: impl IntoIterator<Item = TaskReport>,
+    nested: Vec<NestedTask>,
+) -> Vec<TaskEntry> {
+    let mut nested = nested.into_iter().peekable();
+    let mut tasks = Vec::new();
+    for task in own {
+        while let Some(before) = nested.next_if(|nested| nested.enqueue_time_ns < task.enqueue_time.0) {
+            tasks.push(TaskEntry::Nested(before.report));
+        }
+        tasks.push(TaskEntry::Own(Box::new(task)));
+    }
+    tasks.extend(nested.map(|nested| TaskEntry::Nested(nested.report)));
+    tasks
 }
 
 #[derive(Debug, Clone, Serialize)]

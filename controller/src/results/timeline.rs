@@ -67,6 +67,12 @@ pub(crate) fn stamp(time_ns: u64) -> String {
     time.strftime("%Y-%m-%dT%H:%M:%S.%6fZ").to_string()
 }
 
+/// The moment that such a text says.
+#[must_use]
+pub(crate) fn unstamp(text: &str) -> Option<u64> {
+    u64::try_from(text.parse::<Timestamp>().ok()?.as_nanosecond()).ok()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -98,5 +104,7 @@ mod tests {
         assert_eq!(stamp(0), "1970-01-01T00:00:00.000000Z");
         assert_eq!(stamp(1_795_300_643_123_456_789), "2026-11-21T22:37:23.123456Z");
         assert_eq!(stamp(u64::MAX).len(), stamp(0).len());
+        assert_eq!(unstamp("2026-11-21T22:37:23.123456Z"), Some(1_795_300_643_123_456_000));
+        assert_eq!((unstamp("yesterday"), unstamp("1969-12-31T23:59:59Z")), (None, None));
     }
 }

@@ -27,6 +27,7 @@ use crate::{
         scribe::{OnLog, Scribe},
     },
     link::LinkOptions,
+    nested::{Gate, inside::Inside},
     params::{Origin, Params, SetParamError, sources::Sources},
     reach::{self, local::Local},
     results::{Layout, writer::ResultsWriter},
@@ -225,13 +226,15 @@ impl StreamsBuilder {
         self
     }
 
-    fn definitions(&self) -> Result<Vec<Definition>, OpenError> {
+    /// What code and parameters define, and outside of blocks the environment and configuration files.
+    fn definitions(&self, nested: bool) -> Result<Vec<Definition>, OpenError> {
         let kinds = Kinds { registered: reach::registered() };
         let mut code = Definitions::default();
         for (name, url) in &self.urls {
             code.add(definition::from_url(name, url, Origin::named("the test"), &kinds)?)?;
         }
-        let sources = if self.environment { Sources::of_this_process() } else { Sources::default() };
+        let sources =
+            if self.environment && !nested { Sources::of_this_process() } else { Sources::default() };
         let usual = [DEFAULT_PATH.to_owned()];
         let paths = if self.paths.is_empty() { &usual[..] } else { &self.paths[..] };
         Ok(sources.definitions(code.in_order(), &self.params, paths, &kinds)?)
@@ -258,7 +261,15 @@ impl StreamsBuilder {
             }
         }
         self.overridden()?;
-        let definitions = self.definitions()?;
+        let inside = Inside::find();
+        // What a block was given comes instead of what lies on its host.
+        let inherited = match &inside {
+            Some(inside) => {
+                inside.streams().map_err(|error| OpenError::Nested { reason: error.to_string() })?
+            }
+            None => Vec::new(),
+        };
+        let definitions = self.definitions(inside.is_some())?;
         let reaches = reach::Surroundings { local: Arc::new(Local::new()) };
         let mut registry = Registry::default();
         for definition in definitions {
@@ -268,8 +279,17 @@ impl StreamsBuilder {
             registry.streams.push(stream);
             registry.counts.push(0);
         }
+        for stream in inherited {
+            if self.environment && !registry.by_name.contains_key(&stream.name) {
+                let index = registry.streams.len();
+                registry.by_name.insert(stream.name.clone(), index);
+                registry.streams.push(Arc::new(stream.shared(index)));
+                registry.counts.push(0);
+            }
+        }
         let results = self
             .results
+            .or_else(|| inside.as_ref().map(Inside::results))
             .or_else(|| env::var_os(RESULTS_VARIABLE).filter(|path| !path.is_empty()).map(PathBuf::from))
             .unwrap_or_else(|| PathBuf::from(RESULTS_DIRECTORY));
         let writer = ResultsWriter::create(&results, &test, self.layout)?;
@@ -294,6 +314,8 @@ impl StreamsBuilder {
         let driver = driver::handle(&inbox, &runtime);
         let sync = SyncHost::new(self.world.clone(), &runtime);
         sync.streams_defined(shared.lock().streams.len());
+        let gate = Arc::new(Gate::new(Arc::clone(&shared)));
+        sync.serve_beside(Arc::clone(&gate) as _);
         let (ended, receiver) = watch::channel(None);
         let setup = Setup {
             world: self.world.clone(),
@@ -304,6 +326,7 @@ impl StreamsBuilder {
             writer: writer.clone(),
             scribe,
             sync: sync.clone(),
+            gate: Arc::clone(&gate),
             shared: Arc::clone(&shared),
             inbox: Arc::clone(&inbox),
         };
@@ -324,6 +347,7 @@ impl StreamsBuilder {
             params: self.params,
             driver,
             sync,
+            gate,
             world: self.world,
             writer,
             reaches,

@@ -116,6 +116,12 @@ pub enum OpenError {
         /// The most.
         max: String,
     },
+    /// This is a block that has no streams.
+    #[error("streams cannot be opened inside this block: {reason}")]
+    Nested {
+        /// Why, and what to do.
+        reason: String,
+    },
     /// The system has no thread to give.
     #[error("the driver cannot be started")]
     Driver(#[source] std::io::Error),

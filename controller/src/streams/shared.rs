@@ -22,6 +22,7 @@ use crate::{
     block::{Block, reference::Chain},
     definition::{self, Defaults, DefineStreamError, Definition, Kinds},
     driver::{Handle, Schedule},
+    nested::Gate,
     outcome::{Outcome, Report},
     params::{Origin, Params},
     reach::{self, PlaceError, Reach},
@@ -172,6 +173,7 @@ pub(crate) struct Core {
     pub(super) params: Params,
     pub(super) driver: Handle,
     pub(super) sync: SyncHost,
+    pub(super) gate: Arc<Gate>,
     pub(super) world: World,
     pub(super) writer: ResultsWriter,
     pub(super) reaches: reach::Surroundings,
@@ -203,6 +205,7 @@ impl Core {
             stream_number,
             test_number: registry.tasks_count,
             block: block.block_name(),
+            runs_streams: block.runs_streams(),
             expectation: block.expectation(),
             schedule_time_ns: self.world.clock.wall_ns(),
             host: stream.host.clone(),
@@ -228,6 +231,9 @@ impl Core {
         let label =
             SpeakerLabel { stream: stream.name.clone(), number: stream_number, block: task.block.clone() };
         // Known to the board before anybody can wait for it.
+        if block.runs_streams() {
+            self.gate.allow(task.id, stream.is_local);
+        }
         self.sync.task_scheduled(task.id, label, block.declared_barriers(), group_size);
         let scheduled = self.driver.schedule(Schedule {
             task: Arc::clone(&task),

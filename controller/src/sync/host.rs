@@ -9,7 +9,7 @@ use std::{
     fmt,
     net::SocketAddr,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError, Weak,
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::{Duration, Instant},
@@ -29,13 +29,16 @@ use tokio::{
 };
 use tokio_stream::Stream;
 use tokio_util::sync::CancellationToken;
+use tracing::debug;
 
 use super::{
     CallId, Culprit, Speaker,
     barrier::{Barrier, Decided},
     board::{Action, Answer, Board, Event, Request},
     port::{self, ListenError},
-    relay, story,
+    relay,
+    service::BlockService,
+    story,
     topic::{Content, Topics, Value, Wanted},
 };
 
@@ -61,6 +64,8 @@ struct Shared {
     inner: Mutex<Inner>,
     timer: Arc<Notify>,
     over: CancellationToken,
+    /// What else blocks may call.
+    beside: OnceLock<Arc<dyn BlockService>>,
 }
 
 #[derive(Debug, Default)]
@@ -137,6 +142,7 @@ impl SyncHost {
             inner: Mutex::new(Inner::default()),
             timer: timer.clone(),
             over: over.clone(),
+            beside: OnceLock::new(),
         });
         let host = Arc::downgrade(&shared);
         // Ends when the last handle is dropped; nobody waits for it.
@@ -147,6 +153,18 @@ impl SyncHost {
             }
         }));
         Self { shared }
+    }
+
+    /// Serves another service for blocks beside this one. The first to be said counts.
+    pub(crate) fn serve_beside(&self, service: Arc<dyn BlockService>) {
+        if self.shared.beside.set(service).is_err() {
+            debug!("another service is served beside this one already");
+        }
+    }
+
+    /// The service that has such a method, beside this one.
+    pub(crate) fn beside(&self, method: &str) -> Option<Arc<dyn BlockService>> {
+        self.shared.beside.get().filter(|service| service.serves(method)).cloned()
     }
 
     /// A task was put behind the others of its stream. `joins` are the only barriers it takes part in; none: any.

@@ -2,19 +2,22 @@
 //!
 //! Who speaks is an extension that the door has put into the request; what the message says of itself is never asked.
 
-use std::{pin::Pin, sync::Arc, time::Duration};
+use std::{convert::Infallible, pin::Pin, sync::Arc, time::Duration};
 
 use bytes::{BufMut as _, Bytes, BytesMut};
 use millstream_common::{
     convert,
-    id::{BarrierName, NameError, TopicName},
+    id::{BarrierName, NameError, TaskId, TopicName},
     limits,
     sync_client::Parties,
 };
 use millstream_proto::v1::{self, sync_service_server::SyncService};
 use prost::Message as _;
 use tokio_stream::Stream;
-use tonic::{Request, Response, Status};
+use tonic::{
+    Request, Response, Status,
+    codegen::{BoxFuture, http},
+};
 
 use super::{
     CallId, Refusal, Speaker,
@@ -41,6 +44,19 @@ impl Caller {
     fn implicit_token(&self) -> Option<Arc<str>> {
         self.call_id.map(|id| format!("{IMPLICIT_TOKEN}{id}").into())
     }
+}
+
+/// Another service for blocks, behind the same sockets.
+pub(crate) trait BlockService: Send + Sync + std::fmt::Debug {
+    /// Whether a call is one of its own.
+    fn serves(&self, method: &str) -> bool;
+
+    /// Answers a call of a task.
+    fn call(
+        self: Arc<Self>,
+        task: TaskId,
+        request: http::Request<tonic::body::Body>,
+    ) -> BoxFuture<http::Response<tonic::body::Body>, Infallible>;
 }
 
 /// The service of one host.
@@ -155,7 +171,7 @@ impl SyncService for Service {
         let barriers = self.host()?.with_barriers(page.from(), |barrier, missing, to_wall| {
             page.take(barrier_status(barrier, missing, to_wall))
         });
-        Ok(Response::new(v1::ListBarriersResponse { barriers, next_index: page.next_index }))
+        Ok(Response::new(v1::ListBarriersResponse { barriers, next_index: page.next_index() }))
     }
 
     async fn publish(
@@ -231,7 +247,7 @@ impl SyncService for Service {
             let rest = topics.list().skip(page.from());
             rest.map_while(|topic| page.take(status(topic))).collect()
         });
-        Ok(Response::new(v1::ListTopicsResponse { topics, next_index: page.next_index }))
+        Ok(Response::new(v1::ListTopicsResponse { topics, next_index: page.next_index() }))
     }
 }
 
@@ -292,24 +308,32 @@ impl Stream for Batches {
 }
 
 /// What fits in one answer of a list: at least one, if there is one.
-struct Page {
+#[derive(Debug)]
+pub(crate) struct Page {
     from_index: u32,
     taken: u32,
     size_bytes: usize,
-    /// Where the next answer begins; zero while everything fits.
     next_index: u32,
 }
 
 impl Page {
-    fn new(from_index: u32) -> Self {
+    /// An empty one, from an index on.
+    pub(crate) fn new(from_index: u32) -> Self {
         Self { from_index, taken: 0, size_bytes: 0, next_index: 0 }
     }
 
-    fn from(&self) -> usize {
+    /// How many to leave out.
+    pub(crate) fn from(&self) -> usize {
         usize::try_from(self.from_index).unwrap_or(usize::MAX)
     }
 
-    fn take<M: prost::Message>(&mut self, message: M) -> Option<M> {
+    /// Where the next answer begins; zero when this one has the last.
+    pub(crate) fn next_index(&self) -> u32 {
+        self.next_index
+    }
+
+    /// Puts one more on it; none when it is full.
+    pub(crate) fn take<M: prost::Message>(&mut self, message: M) -> Option<M> {
         // Two bytes of tag and length more, or three for a long one.
         self.size_bytes += message.encoded_len() + 3;
         if self.taken > 0 && self.size_bytes > limits::SYNC_ANSWER_BYTES_MAX {

@@ -13,6 +13,7 @@ mod examples;
 mod lab;
 mod logs;
 mod look;
+mod nested;
 mod support;
 mod sync;
 mod tidy;

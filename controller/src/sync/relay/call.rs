@@ -18,7 +18,10 @@ use tonic::{Status, codegen::http};
 use tower::Service as _;
 
 use super::Outgoing;
-use crate::sync::service::{Caller, Service};
+use crate::sync::{
+    Speaker,
+    service::{Caller, Service},
+};
 
 /// Runs one call to its end.
 pub(super) async fn answer(
@@ -44,19 +47,28 @@ async fn any_method(
     call_id: u64,
     out: &mpsc::Sender<Outgoing>,
 ) -> (Option<Bytes>, Status) {
+    let beside = service.upgrade().and_then(|host| host.beside(&method));
+    let speaker = caller.speaker;
     let request = http::Request::post(method)
         .version(http::Version::HTTP_2)
         .header("content-type", "application/grpc")
         .header("te", "trailers")
         .extension(caller)
-        .body(body);
+        .body(tonic::body::Body::new(body));
     let Ok(request) = request else {
         return (None, Status::unimplemented("the name of the method is no path"));
     };
-    let mut server = SyncServiceServer::new(service)
-        .max_decoding_message_size(limits::RELAY_MESSAGE_BYTES_MAX)
-        .max_encoding_message_size(limits::RELAY_MESSAGE_BYTES_MAX);
-    let Ok(response) = server.call(request).await;
+    let answered = match (beside, speaker) {
+        (Some(beside), Speaker::Task(task)) => beside.call(task, request).await,
+        _ => {
+            SyncServiceServer::new(service)
+                .max_decoding_message_size(limits::RELAY_MESSAGE_BYTES_MAX)
+                .max_encoding_message_size(limits::RELAY_MESSAGE_BYTES_MAX)
+                .call(request)
+                .await
+        }
+    };
+    let Ok(response) = answered;
     let (parts, body) = response.into_parts();
     if let Some(status) = Status::from_header_map(&parts.headers) {
         return (None, status);
