@@ -5,7 +5,7 @@
 use std::time::Duration;
 
 use millstream::{
-    BlockContext, BlockResult, Streams, StreamsBuilder,
+    BlockContext, BlockResult, OutcomeKind, Streams, StreamsBuilder,
     blocking::{BlockingStream as _, BlockingStreams as _, BlockingTask as _},
     shell,
 };
@@ -160,6 +160,41 @@ fn vanishes() -> BlockResult {
     std::process::abort();
 }
 
+/// Whether a process of this machine has a word in its command line.
+fn runs(word: &str) -> bool {
+    std::fs::read_dir("/proc").unwrap().flatten().any(|entry| {
+        let line = std::fs::read(entry.path().join("cmdline")).unwrap_or_default();
+        String::from_utf8_lossy(&line).contains(word)
+    })
+}
+
+/// Waits for what runs in its stream for ever.
+#[millstream::block]
+fn waits(ctx: &mut BlockContext) -> BlockResult {
+    let streams = Streams::open("inner")?;
+    let sleeping = shell(format!("echo up; sleep {}.5", std::env::var("SECONDS_TO_SLEEP")?));
+    let task = streams.get("b")?.run_bg(sleeping);
+    millstream::blocking::block_on(task.ready(millstream::Ready::log("up")))?;
+    ctx.log("sleeps");
+    streams.wait_blocking()?;
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_block_that_is_stopped_closes_its_streams_first() {
+    let (streams, _results) = open_with(|builder| builder.stream("a", "local").stream("b", "local"));
+    let seconds = (300_000 + std::process::id()).to_string();
+    // Long enough for the slowest machine: what counts is that the block ends by itself.
+    let block = waits().env("SECONDS_TO_SLEEP", seconds.as_str()).grace(Duration::from_secs(100));
+    let task = streams.get("a").unwrap().run_bg(block.may_run_streams());
+    task.ready(millstream::Ready::log("sleeps")).await.unwrap();
+    assert!(runs(&format!("{seconds}.5")));
+    let outcome = task.stop().await;
+    assert_eq!(outcome.kind, OutcomeKind::Stopped, "{outcome}");
+    assert!(!runs(&format!("{seconds}.5")), "a nested block still runs");
+    streams.close().await.unwrap();
+}
+
 #[tokio::test]
 async fn a_block_that_dies_leaves_nothing_behind_when_the_test_closes() {
     let (streams, _results) = open_with(|builder| builder.stream("a", "local").stream("b", "local"));
@@ -168,10 +203,5 @@ async fn a_block_that_dies_leaves_nothing_behind_when_the_test_closes() {
     let block = vanishes().env("SECONDS_TO_SLEEP", seconds.as_str()).may_run_streams();
     streams.get("a").unwrap().run_fg(block).await.unwrap_err();
     streams.close().await.unwrap();
-    let word = format!("{seconds}.75");
-    let left = std::fs::read_dir("/proc").unwrap().flatten().any(|entry| {
-        let line = std::fs::read(entry.path().join("cmdline")).unwrap_or_default();
-        String::from_utf8_lossy(&line).contains(&word)
-    });
-    assert!(!left, "a nested block still runs");
+    assert!(!runs(&format!("{seconds}.75")), "a nested block still runs");
 }

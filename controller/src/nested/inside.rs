@@ -3,7 +3,7 @@
 use std::{
     env, io,
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{Arc, Mutex, Once, PoisonError},
 };
 
 use millstream_common::{
@@ -16,9 +16,13 @@ use millstream_common::{
 use millstream_proto::v1::{
     self, dial_stream_request, dial_stream_response, nested_service_client::NestedServiceClient,
 };
-use tokio::sync::mpsc;
+use tokio::{
+    signal::unix::{SignalKind, signal},
+    sync::{mpsc, watch},
+};
 use tokio_stream::{StreamExt as _, wrappers::ReceiverStream};
 use tonic::{Code, Status, transport::Channel};
+use tracing::warn;
 
 use super::{
     RESULTS_DIRECTORY,
@@ -27,10 +31,13 @@ use super::{
 use crate::{
     context::outside_of_runtimes,
     definition::Defaults,
+    driver::{Handle, Input},
     reach::{DialError, Dialing, Reach},
     streams::StreamShared,
 };
 
+/// Exit code of a process that SIGTERM has ended, as shells tell it.
+const TERMINATED: i32 = 128 + 15;
 /// Bytes of a pipe that neither end has taken.
 const PIPE_BYTES: usize = 256 * 1024;
 
@@ -95,6 +102,47 @@ impl Inside {
         let wrong = || ListError::Refused("the controller describes a stream that cannot be".to_owned());
         listed.into_iter().map(|stream| NestedStream::new(stream, &self.socket).ok_or_else(wrong)).collect()
     }
+}
+
+/// Streams that are open in this process, and when they have ended.
+type Open = (Handle, watch::Receiver<Option<Vec<String>>>);
+
+/// A block that is asked to terminate closes its streams first: nobody else knows their sessions, which would be left to
+/// their leases. Then the process ends with 128 and the signal's number, unless it has come to its end by itself meanwhile.
+pub(crate) fn close_when_terminated(driver: Handle, ended: watch::Receiver<Option<Vec<String>>>) {
+    static OPEN: Mutex<Vec<Open>> = Mutex::new(Vec::new());
+    static WATCHED: Once = Once::new();
+    let lock = || OPEN.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut open = lock();
+    open.retain(|(_, ended)| ended.borrow().is_none());
+    open.push((driver, ended));
+    drop(open);
+    WATCHED.call_once(|| {
+        let watching = move || -> io::Result<()> {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+            runtime.block_on(async {
+                signal(SignalKind::terminate())?.recv().await;
+                let open = std::mem::take(&mut *lock());
+                for (driver, _) in &open {
+                    driver.send(Input::Close);
+                }
+                for (_, mut ended) in open {
+                    // An error means that the driver is gone: nothing to wait for.
+                    drop(ended.wait_for(Option::is_some).await);
+                }
+                std::process::exit(TERMINATED);
+            })
+        };
+        // Lives as long as the process: a signal that was taken over once has no other effect any more.
+        let watcher = std::thread::Builder::new().name("millstream-signals".to_owned()).spawn(move || {
+            if let Err(error) = watching() {
+                warn!("streams will not be closed when this block is terminated: {error}");
+            }
+        });
+        if let Err(error) = watcher {
+            warn!("streams will not be closed when this block is terminated: {error}");
+        }
+    });
 }
 
 async fn client(socket: &Path) -> Result<NestedServiceClient<Channel>, sync_client::SyncError> {

@@ -27,7 +27,10 @@ use crate::{
         scribe::{OnLog, Scribe},
     },
     link::LinkOptions,
-    nested::{Gate, inside::Inside},
+    nested::{
+        Gate,
+        inside::{self, Inside},
+    },
     params::{Origin, Params, SetParamError, sources::Sources},
     reach::{self, local::Local},
     results::{Layout, writer::ResultsWriter},
@@ -341,6 +344,9 @@ impl StreamsBuilder {
                 let thread = std::thread::Builder::new().name("millstream".to_owned());
                 drop(thread.spawn(on_a_thread).map_err(OpenError::Driver)?);
             }
+        }
+        if inside.is_some() {
+            inside::close_when_terminated(driver.clone(), receiver.clone());
         }
         let core = Arc::new(Core {
             shared,

@@ -43,7 +43,7 @@ fn check_python_examples(run: impl Fn(&str, &[&str]) -> String) {
 #[ignore = "needs the built examples: integration-tests/run"]
 fn every_pattern_of_the_guide_runs() {
     // What each pattern prints, in this order.
-    let patterns: [(&str, &[&str]); 7] = [
+    let patterns: [(&str, &[&str]); 8] = [
         ("client_server", &["the server answers: hello", "the server was stopped"]),
         ("many_clients", &["4 clients, 200 requests"]),
         (
@@ -58,6 +58,15 @@ fn every_pattern_of_the_guide_runs() {
         (
             "variants",
             &["1-send.tiny: 1048576 bytes in 4096 writes", "2-send.small", "3-send.big", "3 results"],
+        ),
+        (
+            "nested",
+            &[
+                "the test works beside it",
+                "the inner scenario moved 67108864 bytes",
+                "1-receive is there: true",
+                "1-send is there: true",
+            ],
         ),
         ("coordinated_start", &["3 attackers began", " ms apart", "cut and watch began", " ms apart"]),
     ];
