@@ -118,11 +118,10 @@ fn no_file_is_too_long() {
     const LINES_MAX: usize = 600;
     // One conversion after another, none of which knows the next; and loops and machines whose parts were not found yet.
     // No name may be added here.
-    const LONG: [&str; 5] = [
+    const LONG: [&str; 4] = [
         "agent/src/door.rs",
         "agent/src/door/service.rs",
         "agent/src/door/supervisors.rs",
-        "agent/src/session.rs",
         "common/src/convert.rs",
     ];
     let complaints: Vec<String> = files(".rs")

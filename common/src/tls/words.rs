@@ -1,0 +1,112 @@
+//! TLS errors and errors of the system in words: what they mean, and what to do.
+
+use std::error::Error;
+
+use crate::pipe;
+
+/// Why something failed, for people: the innermost cause of an error, and for TLS what it means and what to do.
+#[must_use]
+pub fn reason(error: &(dyn Error + 'static)) -> String {
+    let mut cause = error;
+    loop {
+        if let Some(found) = cause.downcast_ref::<rustls::Error>() {
+            return tls_reason(found);
+        }
+        match pipe::deeper(cause) {
+            Some(next) => cause = next,
+            None => break,
+        }
+    }
+    let text = pipe::innermost(error).to_string();
+    // HTTP/2 keeps only the text of what the layer below it said.
+    if let Some(explained) = text.split("received fatal alert: ").nth(1).and_then(alert_reason) {
+        return explained.to_owned();
+    }
+    // What the answer of a TLS port looks like to HTTP/2.
+    if text.contains("frame with invalid size") {
+        return "the other end does not speak HTTP/2 without TLS: use `tls://`".to_owned();
+    }
+    system_words(&text)
+}
+
+/// The system's words without its number, in the lower case of a clause.
+fn system_words(text: &str) -> String {
+    let text = text.split(" (os error").next().unwrap_or(text);
+    let mut characters = text.chars();
+    match characters.next() {
+        // An acronym stays as it is.
+        Some(first) if !text.chars().nth(1).is_some_and(char::is_uppercase) => {
+            first.to_lowercase().chain(characters).collect()
+        }
+        _ => text.to_owned(),
+    }
+}
+
+fn tls_reason(error: &rustls::Error) -> String {
+    use rustls::{CertificateError as Bad, Error as Tls};
+    match error {
+        Tls::AlertReceived(alert) => {
+            let name = format!("{alert:?}");
+            alert_reason(&name)
+                .map_or_else(|| format!("the other end ended TLS with the alert {name}"), str::to_owned)
+        }
+        Tls::InvalidCertificate(bad) => match bad {
+            // Two authorities of one name differ in their signatures only.
+            Bad::UnknownIssuer | Bad::BadSignature => {
+                "the other end's certificate is not from the authority that was given: \
+                 check that both ends use the same `ca.pem`"
+                    .to_owned()
+            }
+            Bad::Expired | Bad::ExpiredContext { .. } => {
+                "the other end's certificate has expired: issue a new one".to_owned()
+            }
+            Bad::NotValidYet | Bad::NotValidYetContext { .. } => {
+                "the other end's certificate is not valid yet: check both clocks".to_owned()
+            }
+            Bad::Revoked => "the other end's certificate was revoked".to_owned(),
+            Bad::InvalidPurpose | Bad::InvalidPurposeContext { .. } => {
+                "the other end's certificate is for another role: an agent needs one of the role agent"
+                    .to_owned()
+            }
+            Bad::NotValidForNameContext { expected, presented } => format!(
+                "the host was expected to be `{}`, but its certificate is for {}: correct the host, or issue the \
+                 certificate with that name",
+                expected.to_str(),
+                if presented.is_empty() { "no host".to_owned() } else { presented.join(", ") },
+            ),
+            other => format!("the other end's certificate is refused: {other}"),
+        },
+        Tls::InvalidMessage(_) => {
+            "the other end does not speak TLS: check the port and the scheme".to_owned()
+        }
+        Tls::NoCertificatesPresented => "the other end showed no certificate".to_owned(),
+        other => system_words(&other.to_string()),
+    }
+}
+
+/// What the alerts mean that a refused certificate causes. The other end is always the agent: agents dial nobody.
+fn alert_reason(alert: &str) -> Option<&'static str> {
+    Some(match alert.split(|c: char| !c.is_alphanumeric()).next().unwrap_or_default() {
+        "UnknownCA" => {
+            "the agent refused this certificate: unknown CA; use one of the authority that the agent trusts"
+        }
+        "CertificateRequired" | "NoCertificate" => {
+            "the agent refused the connection: no certificate was shown; give one with role controller or operator"
+        }
+        "CertificateExpired" => "the agent refused this certificate: it has expired; issue a new one",
+        "CertificateRevoked" => "the agent refused this certificate: it was revoked; issue a new one",
+        "UnsupportedCertificate" => {
+            "the agent refused this certificate: it is not for a client; use one with role controller or operator"
+        }
+        "BadCertificate" | "CertificateUnknown" | "AccessDenied" => {
+            "the agent refused this certificate: it is not acceptable; the agent's log says why"
+        }
+        "DecryptError" => {
+            "the agent refused this certificate: the key or the authority is another one of the same name"
+        }
+        "ProtocolVersion" => "the other end does not speak TLS 1.3",
+        "NoApplicationProtocol" => "the other end does not speak HTTP/2: check the port",
+        "UnrecognisedName" => "the agent does not go by that name: check the host of the stream",
+        _ => return None,
+    })
+}
