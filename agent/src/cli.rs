@@ -102,6 +102,15 @@ enum Pki {
         #[arg(long, value_name = "SPAN", value_parser = humantime::parse_duration)]
         valid: Option<Duration>,
     },
+    /// Take certificates back: agents that have the list refuse them, and end connections that were opened with them.
+    Revoke {
+        /// Where the authority's files are.
+        #[arg(long, value_name = "DIR", default_value = "/etc/millstream/pki")]
+        dir: PathBuf,
+        /// Certificates in PEM form; their keys are not needed.
+        #[arg(required = true, value_name = "FILE")]
+        files: Vec<PathBuf>,
+    },
     /// Show certificates.
     Show {
         /// Files in PEM form.
@@ -333,6 +342,18 @@ impl Pki {
                     issued.key.display()
                 ))?;
                 print(&pki::show(&issued.certificate, now_ns)?.to_string())
+            }
+            Self::Revoke { dir, files } => {
+                let authority = Authority::at(&dir);
+                for revoked in authority.revoke(&files, now_ns)? {
+                    let already = if revoked.already { " already" } else { "" };
+                    print(&format!("revoked{already}: {} (serial {})\n", revoked.holder, revoked.serial))?;
+                }
+                print(&format!(
+                    "wrote {0}\nnext: copy {0} to each agent, where `tls:` in agent.yaml has `revocations:` with its path; \
+                     a running agent takes a new one at once\n",
+                    authority.revocations().display()
+                ))
             }
             Self::Show { files } => {
                 for file in files {

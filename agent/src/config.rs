@@ -10,15 +10,14 @@ use std::{
     sync::Arc,
 };
 
-use arc_swap::ArcSwap;
 use millstream_common::{
     text::nearest,
-    tls::{self, TlsPaths},
+    tls::{ServerTls, TlsPaths},
     yaml::{self, Located, Mark, Value, YamlError},
 };
 use tokio::net::{TcpListener, UnixListener};
 
-use crate::door::Listener;
+use crate::door::{Admission, Listener};
 
 mod errors;
 
@@ -38,7 +37,7 @@ const FILE_BYTES_MAX: u64 = 1024 * 1024;
 const SOCKET_MODE: u32 = 0o666;
 
 const KEYS: &[&str] = &["listen", "state_directory", "tls", "unix_socket"];
-const TLS_KEYS: &[&str] = &["authority", "certificate", "key"];
+const TLS_KEYS: &[&str] = &["authority", "certificate", "key", "revocations"];
 /// Other words that are understood, and the ones that they stand for.
 const ALIASES: [(&str, &str); 1] = [("ca", "authority")];
 
@@ -142,21 +141,18 @@ impl Config {
     ///
     /// # Errors
     /// When a file is missing, exposed or not what it should be.
-    pub fn tls_config(&self) -> Result<Option<Arc<ArcSwap<rustls::ServerConfig>>>, ConfigError> {
+    pub fn tls_config(&self) -> Result<Option<Arc<Admission>>, ConfigError> {
         let Some(paths) = &self.tls else { return Ok(None) };
-        let config = tls::server_config(&paths.value)
+        let tls = ServerTls::load(&paths.value)
             .map_err(|source| ConfigError::Tls { place: paths.place.clone(), source })?;
-        Ok(Some(Arc::new(ArcSwap::new(config))))
+        Ok(Some(Admission::new(tls)))
     }
 
     /// Binds everything.
     ///
     /// # Errors
     /// When something cannot be bound.
-    pub async fn bind(
-        &self,
-        tls: Option<&Arc<ArcSwap<rustls::ServerConfig>>>,
-    ) -> Result<Vec<Listener>, ConfigError> {
+    pub async fn bind(&self, tls: Option<&Arc<Admission>>) -> Result<Vec<Listener>, ConfigError> {
         let mut listeners = Vec::new();
         for listen in &self.listen {
             let bound = TcpListener::bind(listen.value).await.map_err(|source| ConfigError::Bind {
@@ -165,7 +161,7 @@ impl Config {
                 source,
             })?;
             listeners.push(match tls {
-                Some(config) => Listener::Tls(bound, Arc::clone(config)),
+                Some(admission) => Listener::Tls(bound, Arc::clone(admission)),
                 None => Listener::Loopback(bound),
             });
         }
@@ -279,12 +275,13 @@ impl Reader<'_> {
 
     fn tls(&self, located: Located) -> Result<Placed<TlsPaths>, ConfigError> {
         let place = self.place(located.mark);
-        let (mut certificate, mut private, mut authority) = (None, None, None);
+        let (mut certificate, mut private, mut authority, mut revocations) = (None, None, None, None);
         for (key, value) in self.mapping(located, "tls", "`tls`", TLS_KEYS)? {
             let path = Some(self.path(key, value)?.value);
             match key {
                 "certificate" => certificate = path,
                 "key" => private = path,
+                "revocations" => revocations = path,
                 _ => authority = path,
             }
         }
@@ -293,6 +290,7 @@ impl Reader<'_> {
             certificate: certificate.ok_or_else(|| missing("certificate"))?,
             key: private.ok_or_else(|| missing("key"))?,
             authority: authority.ok_or_else(|| missing("authority"))?,
+            revocations,
         };
         Ok(Placed { value, place })
     }

@@ -5,6 +5,7 @@
 //! host.
 
 pub mod acceptor;
+pub mod admission;
 pub mod identity;
 pub mod reload;
 pub(crate) mod service;
@@ -39,8 +40,11 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic::Status;
 use tracing::{debug, error, info, warn};
 
-pub use self::acceptor::{Connection, Listener};
-pub use self::supervisors::{StartSupervisor, Starting, Supervisors};
+pub use self::{
+    acceptor::{Connection, Listener},
+    admission::Admission,
+    supervisors::{StartSupervisor, Starting, Supervisors},
+};
 use self::{
     service::Service,
     status::{DiskUse, LastErrors},

@@ -1,7 +1,10 @@
 //! A private certificate authority and certificates with roles, in one command each.
 //!
-//! Files are made for their owner alone and nothing is ever overwritten. What a role may do is not decided here; but a
+//! Files are made for their owner alone and nothing is ever overwritten but the list of revoked certificates, which grows. What
+//! a role may do is not decided here; but a
 //! certificate of an agent can only be a server, and the others only clients, so that one stolen from a host opens no other.
+
+mod revocations;
 
 use std::{
     fmt::{self, Write as _},
@@ -25,6 +28,8 @@ use rustls::pki_types::{CertificateDer, pem::PemObject as _};
 use sha2::{Digest as _, Sha256};
 use x509_parser::prelude::{FromDer as _, GeneralName, X509Certificate};
 
+use self::revocations::Revocations;
+pub use self::revocations::Revoked;
 use crate::door::status::clock_text;
 
 /// How long an authority lives.
@@ -36,6 +41,7 @@ const CLOCKS_DIFFER: Duration = Duration::from_secs(300);
 /// The authority's files.
 const AUTHORITY_CERTIFICATE: &str = "ca.pem";
 const AUTHORITY_KEY: &str = "ca.key";
+const AUTHORITY_REVOCATIONS: &str = "revoked.pem";
 
 /// Why nothing was made or shown. Each names the file and what to do.
 #[derive(Debug, thiserror::Error)]
@@ -73,6 +79,14 @@ pub enum PkiError {
         /// What the library said.
         #[source]
         source: rcgen::Error,
+    },
+    /// A certificate of somebody else.
+    #[error("`{}` is not from the authority in `{}`: name the directory of its own authority with `--dir`", path.display(), directory.display())]
+    Stranger {
+        /// The certificate.
+        path: PathBuf,
+        /// Where the authority is.
+        directory: PathBuf,
     },
     /// A name that cannot stand in a certificate.
     #[error("`{}` cannot be the name in a certificate: {source}", printable(name.as_bytes(), 128))]
@@ -155,7 +169,7 @@ impl Authority {
     pub fn init(directory: &Path, name: &str, now_ns: u64) -> Result<Self, PkiError> {
         let authority = Self::at(directory);
         // Looked at first, so that a refusal leaves no half of an authority behind.
-        for path in [authority.certificate(), authority.key()] {
+        for path in [authority.certificate(), authority.key(), authority.revocations()] {
             if path.exists() {
                 return Err(PkiError::Exists { path });
             }
@@ -177,6 +191,9 @@ impl Authority {
         let certificate = wanted.self_signed(&key).map_err(make_failed)?;
         create(&authority.key(), key.serialize_pem().as_bytes(), 0o600)?;
         create(&authority.certificate(), certificate.pem().as_bytes(), 0o644)?;
+        // Agents can be told of it from the first day on.
+        let none = revocations::sign(&authority.issuer()?, &Revocations::default(), now_ns)?;
+        create(&authority.revocations(), none.as_bytes(), 0o644)?;
         Ok(authority)
     }
 
@@ -190,6 +207,12 @@ impl Authority {
     #[must_use]
     pub fn key(&self) -> PathBuf {
         self.directory.join(AUTHORITY_KEY)
+    }
+
+    /// The list of certificates that the authority has revoked: every agent needs it, or a newer one.
+    #[must_use]
+    pub fn revocations(&self) -> PathBuf {
+        self.directory.join(AUTHORITY_REVOCATIONS)
     }
 
     /// Makes a certificate and its key in the authority's directory.
@@ -392,7 +415,10 @@ fn validity(certificate: &X509Certificate<'_>, now_ns: u64) -> String {
 mod tests {
     use std::os::unix::fs::PermissionsExt as _;
 
-    use millstream_common::{clock::World, tls::TlsPaths};
+    use millstream_common::{
+        clock::World,
+        tls::{ServerTls, TlsPaths},
+    };
 
     use super::*;
 
@@ -412,7 +438,8 @@ mod tests {
     }
 
     fn paths(issued: Issued) -> TlsPaths {
-        TlsPaths { certificate: issued.certificate, key: issued.key, authority: issued.authority }
+        let Issued { certificate, key, authority } = issued;
+        TlsPaths { certificate, key, authority, revocations: None }
     }
 
     #[test]
@@ -421,8 +448,8 @@ mod tests {
         let at = now();
         let agent = paths(authority.issue(&wanted(Role::Agent, &["localhost", "10.0.0.1"]), at).unwrap());
         let controller = paths(authority.issue(&wanted(Role::Controller, &[]), at).unwrap());
-        assert!(tls::server_config(&agent).is_ok() && tls::client_config(&controller, "10.0.0.1").is_ok());
-        assert!(tls::server_config(&controller).is_err() && tls::client_config(&agent, "localhost").is_err());
+        assert!(ServerTls::load(&agent).is_ok() && tls::client_config(&controller, "10.0.0.1").is_ok());
+        assert!(ServerTls::load(&controller).is_err() && tls::client_config(&agent, "localhost").is_err());
         let shown = show(&agent.certificate, at).unwrap().to_string();
         for part in [
             "millstream://agent/x",

@@ -22,12 +22,15 @@ use rustls::{
         danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
     },
     crypto::CryptoProvider,
-    pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime, pem::PemObject as _},
-    server::WebPkiClientVerifier,
+    pki_types::{
+        CertificateDer, CertificateRevocationListDer, PrivateKeyDer, ServerName, UnixTime,
+        pem::PemObject as _,
+    },
+    server::{VerifierBuilderError, WebPkiClientVerifier, danger::ClientCertVerifier},
 };
 
 pub use self::{
-    identity::{Identity, IdentityError, Role},
+    identity::{Identity, IdentityError, Role, valid_until},
     words::reason,
 };
 
@@ -44,13 +47,15 @@ pub struct TlsPaths {
     /// Certificates of the authorities whose certificates are taken from the other end, in PEM. Several while an
     /// authority is replaced.
     pub authority: PathBuf,
+    /// Lists of certificates that these authorities have revoked, in PEM. Without it nothing counts as revoked.
+    pub revocations: Option<PathBuf>,
 }
 
 /// Why TLS cannot be set up. Each names the file and what to do.
 #[derive(Debug, thiserror::Error)]
 pub enum TlsError {
     /// A file cannot be read.
-    #[error("failed to read the {what} `{}`: {}; make one with `millstream-agent pki issue`, or correct the path", path.display(), reason(source))]
+    #[error("failed to read the {what} `{}`: {}; make one with `millstream-agent pki {}`, or correct the path", path.display(), reason(source), made_by(what))]
     Read {
         /// Which of the files.
         what: &'static str,
@@ -61,7 +66,7 @@ pub enum TlsError {
         source: io::Error,
     },
     /// A file holds something else.
-    #[error("`{}` holds no {what} in PEM form; make one with `millstream-agent pki issue`", path.display())]
+    #[error("`{}` holds no {what} in PEM form; make one with `millstream-agent pki {}`", path.display(), made_by(what))]
     Content {
         /// What was looked for.
         what: &'static str,
@@ -107,7 +112,7 @@ pub enum TlsError {
         wanted: Role,
     },
     /// The authorities cannot be used.
-    #[error("the certificates of authorities in `{}` cannot be used: {reason}", path.display())]
+    #[error("what is in `{}` cannot be used to check certificates: {reason}", path.display())]
     Authority {
         /// The file.
         path: PathBuf,
@@ -122,11 +127,20 @@ pub enum TlsError {
     },
 }
 
+/// What a list of revoked certificates is called.
+const REVOCATIONS: &str = "list of revoked certificates";
+
+/// The command that makes a file.
+fn made_by(what: &str) -> &'static str {
+    if what == REVOCATIONS { "revoke" } else { "issue" }
+}
+
 /// A certificate, its key and the authorities of the other end, read and checked.
 struct Credentials {
     chain: Vec<CertificateDer<'static>>,
     key: PrivateKeyDer<'static>,
     roots: Arc<RootCertStore>,
+    revoked: Vec<CertificateRevocationListDer<'static>>,
     identity: Identity,
 }
 
@@ -143,7 +157,8 @@ impl Credentials {
                 reason: reason(&error),
             })?;
         }
-        Ok(Self { chain, key, roots: Arc::new(roots), identity })
+        let revoked = paths.revocations.as_deref().map(revocations).transpose()?.unwrap_or_default();
+        Ok(Self { chain, key, roots: Arc::new(roots), revoked, identity })
     }
 }
 
@@ -157,6 +172,15 @@ fn certificates(what: &'static str, path: &Path) -> Result<Vec<CertificateDer<'s
     match found {
         Ok(found) if !found.is_empty() => Ok(found),
         _ => Err(TlsError::Content { what, path: path.to_owned() }),
+    }
+}
+
+fn revocations(path: &Path) -> Result<Vec<CertificateRevocationListDer<'static>>, TlsError> {
+    let pem = read(REVOCATIONS, path)?;
+    let found: Result<Vec<_>, _> = CertificateRevocationListDer::pem_slice_iter(&pem).collect();
+    match found {
+        Ok(found) if !found.is_empty() => Ok(found),
+        _ => Err(TlsError::Content { what: REVOCATIONS, path: path.to_owned() }),
     }
 }
 
@@ -187,12 +211,40 @@ pub fn identity_of_file(certificate: &Path) -> Result<Identity, TlsError> {
         .map_err(|source| TlsError::Identity { certificate: certificate.to_owned(), source })
 }
 
-/// The configuration of an agent: takes clients with a certificate of its authorities and nobody else.
-///
-/// # Errors
-/// When a file is missing, exposed or not what it should be.
-pub fn server_config(paths: &TlsPaths) -> Result<Arc<ServerConfig>, TlsError> {
-    let Credentials { chain, key, roots, identity } = Credentials::load(paths)?;
+/// An agent's end of TLS: takes clients with a certificate of its authorities that was not revoked, and nobody else.
+#[derive(Debug)]
+pub struct ServerTls {
+    config: Arc<ServerConfig>,
+    verifier: Arc<dyn ClientCertVerifier>,
+}
+
+impl ServerTls {
+    /// Reads and checks the files.
+    ///
+    /// # Errors
+    /// When a file is missing, exposed or not what it should be.
+    pub fn load(paths: &TlsPaths) -> Result<Self, TlsError> {
+        server_tls(paths)
+    }
+
+    /// What connections are accepted with.
+    #[must_use]
+    pub fn config(&self) -> Arc<ServerConfig> {
+        Arc::clone(&self.config)
+    }
+
+    /// Whether the certificates that a client has shown would be taken now.
+    ///
+    /// # Errors
+    /// Why not.
+    pub fn check(&self, chain: &[CertificateDer<'_>]) -> Result<(), rustls::Error> {
+        let (end, intermediates) = chain.split_first().ok_or(rustls::Error::NoCertificatesPresented)?;
+        self.verifier.verify_client_cert(end, intermediates, UnixTime::now()).map(drop)
+    }
+}
+
+fn server_tls(paths: &TlsPaths) -> Result<ServerTls, TlsError> {
+    let Credentials { chain, key, roots, revoked, identity } = Credentials::load(paths)?;
     if identity.role != Role::Agent {
         return Err(TlsError::WrongRole {
             certificate: paths.certificate.clone(),
@@ -200,19 +252,31 @@ pub fn server_config(paths: &TlsPaths) -> Result<Arc<ServerConfig>, TlsError> {
             wanted: Role::Agent,
         });
     }
+    // An authority without a list has revoked nothing; one is on its way out while another comes in.
     let verifier = WebPkiClientVerifier::builder_with_provider(roots, provider())
+        .with_crls(revoked)
+        .only_check_end_entity_revocation()
+        .allow_unknown_revocation_status()
         .build()
-        .map_err(|error| TlsError::Authority { path: paths.authority.clone(), reason: error.to_string() })?;
+        .map_err(|error| unusable(paths, &error))?;
     let mut config = ServerConfig::builder_with_provider(provider())
         .with_protocol_versions(&[&rustls::version::TLS13])
         .map_err(|source| pair(paths, source))?
-        .with_client_cert_verifier(verifier)
+        .with_client_cert_verifier(verifier.clone())
         .with_single_cert(chain, key)
         .map_err(|source| pair(paths, source))?;
     config.alpn_protocols = vec![ALPN.to_vec()];
     // A ticket would let a certificate that was revoked come back without being shown.
     config.send_tls13_tickets = 0;
-    Ok(Arc::new(config))
+    Ok(ServerTls { config: Arc::new(config), verifier })
+}
+
+fn unusable(paths: &TlsPaths, error: &VerifierBuilderError) -> TlsError {
+    let path = match (error, &paths.revocations) {
+        (VerifierBuilderError::InvalidCrl(_), Some(revocations)) => revocations,
+        _ => &paths.authority,
+    };
+    TlsError::Authority { path: path.clone(), reason: error.to_string() }
 }
 
 /// The configuration of a controller or operator that dials the agent whose certificate names `server_name`.
@@ -225,7 +289,7 @@ pub fn client_config(
 ) -> Result<(Arc<ClientConfig>, ServerName<'static>), TlsError> {
     let name = ServerName::try_from(server_name.to_owned())
         .map_err(|_| TlsError::ServerName { name: crate::text::printable(server_name.as_bytes(), 256) })?;
-    let Credentials { chain, key, roots, identity } = Credentials::load(paths)?;
+    let Credentials { chain, key, roots, revoked, identity } = Credentials::load(paths)?;
     if identity.role == Role::Agent {
         return Err(TlsError::WrongRole {
             certificate: paths.certificate.clone(),
@@ -234,8 +298,11 @@ pub fn client_config(
         });
     }
     let inner = WebPkiServerVerifier::builder_with_provider(roots, provider())
+        .with_crls(revoked)
+        .only_check_end_entity_revocation()
+        .allow_unknown_revocation_status()
         .build()
-        .map_err(|error| TlsError::Authority { path: paths.authority.clone(), reason: error.to_string() })?;
+        .map_err(|error| unusable(paths, &error))?;
     let mut config = ClientConfig::builder_with_provider(provider())
         .with_protocol_versions(&[&rustls::version::TLS13])
         .map_err(|source| pair(paths, source))?

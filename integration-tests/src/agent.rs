@@ -189,10 +189,11 @@ fn configuration(address: SocketAddrV4, tls: Option<&Certificate>, directory: &P
     );
     if let Some(tls) = tls {
         yaml += &format!(
-            "tls:\n  certificate: {certificate}\n  key: {key}\n  authority: {authority}\n",
+            "tls:\n  certificate: {certificate}\n  key: {key}\n  authority: {authority}\n  revocations: {revocations}\n",
             certificate = tls.certificate.display(),
             key = tls.key.display(),
             authority = tls.authority.display(),
+            revocations = tls.revocations.display(),
         );
     }
     yaml

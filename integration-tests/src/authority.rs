@@ -13,7 +13,7 @@ pub struct Authority {
     directory: PathBuf,
 }
 
-/// The three files that one end of a connection needs.
+/// The files that one end of a connection needs.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Certificate {
     /// The certificate.
@@ -22,6 +22,8 @@ pub struct Certificate {
     pub key: PathBuf,
     /// The authority's certificate, by which the other end is judged.
     pub authority: PathBuf,
+    /// The authority's list of revoked certificates.
+    pub revocations: PathBuf,
 }
 
 impl Authority {
@@ -62,6 +64,16 @@ impl Authority {
         self.issue("operator", name, &[])
     }
 
+    /// Takes a certificate back: puts it on the list that agents look at.
+    ///
+    /// # Panics
+    /// When `pki revoke` fails.
+    pub fn revoke(&self, certificate: &Certificate) {
+        let mut command = Command::new(tools::agent_program());
+        command.args(["pki", "revoke", "--dir"]).arg(&self.directory).arg(&certificate.certificate);
+        tools::run(&mut command);
+    }
+
     fn issue(&self, role: &str, name: &str, more: &[&str]) -> Certificate {
         let mut command = Command::new(tools::agent_program());
         command.args(["pki", "issue", "--dir"]).arg(&self.directory);
@@ -75,6 +87,7 @@ impl Authority {
             certificate: file(format!("{role}-{name}.pem")),
             key: file(format!("{role}-{name}.key")),
             authority: file("ca.pem".to_owned()),
+            revocations: file("revoked.pem".to_owned()),
         }
     }
 }

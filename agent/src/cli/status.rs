@@ -125,6 +125,7 @@ impl Status {
             certificate: given(&self.certificate, "--certificate")?,
             key: given(&self.key, "--key")?,
             authority: given(&self.authority, "--authority")?,
+            revocations: None,
         })
     }
 }

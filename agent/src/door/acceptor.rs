@@ -14,14 +14,12 @@ use std::{
     time::Duration,
 };
 
-use arc_swap::ArcSwap;
 use bytes::{Buf as _, Bytes, BytesMut};
 use millstream_common::{
     limits,
     pipe::BoxedPipe,
     tls::{self, Identity},
 };
-use rustls::ServerConfig;
 use tokio::{
     io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, ReadBuf},
     net::{TcpListener, TcpStream, UnixListener, UnixStream},
@@ -33,7 +31,10 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic::transport::server::Connected;
 use tracing::{debug, info, warn};
 
-use super::identity::Caller;
+use super::{
+    admission::{Admission, Admitted},
+    identity::Caller,
+};
 
 /// What a client of HTTP/2 sends before anything else.
 const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
@@ -49,8 +50,8 @@ const ACCEPTED_COUNT_MAX: usize = 64;
 /// Where connections come from.
 #[derive(Debug)]
 pub enum Listener {
-    /// TCP with TLS. The configuration may be replaced at any time; connections that come later use the new one.
-    Tls(TcpListener, Arc<ArcSwap<ServerConfig>>),
+    /// TCP with TLS. Whom it takes may change at any time, for open connections too.
+    Tls(TcpListener, Arc<Admission>),
     /// TCP without TLS: on loopback only, which the configuration has made sure of.
     Loopback(TcpListener),
     /// A Unix socket.
@@ -63,6 +64,8 @@ pub struct Connection {
     /// Read already, to see whether it is HTTP/2.
     head: Bytes,
     caller: Caller,
+    /// Ends the connection when its certificate is not taken any more.
+    admitted: Option<Admitted>,
     /// Counts the connection for as long as it lives.
     _place: Option<Place>,
 }
@@ -77,7 +80,7 @@ impl Connection {
     /// A connection that was made elsewhere: a pair of pipes, a simulated network.
     #[must_use]
     pub fn from_pipe(pipe: BoxedPipe, caller: Caller) -> Self {
-        Self { io: Io::Pipe(pipe), head: Bytes::new(), caller, _place: None }
+        Self { io: Io::Pipe(pipe), head: Bytes::new(), caller, admitted: None, _place: None }
     }
 }
 
@@ -105,6 +108,11 @@ impl AsyncRead for Connection {
         context: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
+        // Whoever serves a connection always reads from it, so that this is enough to end it.
+        if self.admitted.as_mut().is_some_and(|admitted| admitted.poll_ended(context).is_ready()) {
+            let why = "the certificate of this connection is not taken any more";
+            return Poll::Ready(Err(io::Error::new(io::ErrorKind::PermissionDenied, why)));
+        }
         if !self.head.is_empty() {
             let length = self.head.len().min(buffer.remaining());
             buffer.put_slice(&self.head[..length]);
@@ -167,6 +175,11 @@ enum GreetError {
     Tls {
         #[source]
         source: io::Error,
+    },
+    #[error("the certificate is not taken any more: {}", tls::reason(source))]
+    NotTaken {
+        #[source]
+        source: rustls::Error,
     },
     #[error("the certificate names nobody: {source}")]
     Identity {
@@ -349,7 +362,7 @@ impl Acceptor {
             }
         };
         let tls = match listener {
-            Listener::Tls(_, config) => Some(config.load_full()),
+            Listener::Tls(_, admission) => Some(Arc::clone(admission)),
             Listener::Loopback(_) | Listener::Unix(_) => None,
         };
         let (accepted, stop) = (self.accepted.clone(), self.stop.clone());
@@ -384,21 +397,27 @@ async fn accept_one(listener: &Listener) -> io::Result<Socket> {
 
 async fn greet(
     socket: Socket,
-    tls: Option<Arc<ServerConfig>>,
+    tls: Option<Arc<Admission>>,
     mut place: Place,
 ) -> Result<Connection, GreetError> {
+    let mut admitted = None;
     let (mut io, caller) = match (socket, tls) {
-        (Socket::Tcp(stream, _), Some(config)) => {
+        (Socket::Tcp(stream, address), Some(admission)) => {
             set_options(&stream).map_err(GreetError::Broken)?;
-            let stream = match TlsAcceptor::from(config).accept(stream).into_fallible().await {
+            let stream = match TlsAcceptor::from(admission.config()).accept(stream).into_fallible().await {
                 Ok(stream) => stream,
                 Err((source, stream)) => {
                     say_goodbye(stream).await;
                     return Err(GreetError::Tls { source });
                 }
             };
-            let caller = certified(&stream)?;
-            (Io::Tls(Box::new(stream)), caller)
+            let chain = stream.get_ref().1.peer_certificates().unwrap_or_default().to_vec();
+            let identity =
+                chain.first().ok_or(tls::IdentityError::Missing).and_then(Identity::of_certificate);
+            let identity = identity.map_err(|source| GreetError::Identity { source })?;
+            let admission = admission.admit(address.to_string(), identity.clone(), chain);
+            admitted = Some(admission.map_err(|source| GreetError::NotTaken { source })?);
+            (Io::Tls(Box::new(stream)), Caller::Certified(identity))
         }
         (Socket::Tcp(stream, _), None) => {
             set_options(&stream).map_err(GreetError::Broken)?;
@@ -416,7 +435,7 @@ async fn greet(
         Io::Pipe(io) => preface(io).await?,
     };
     place.greeted();
-    Ok(Connection { io, head, caller, _place: Some(place) })
+    Ok(Connection { io, head, caller, admitted, _place: Some(place) })
 }
 
 /// Lets the peer read why it was refused: a socket that is closed with unread bytes in it takes back what it has sent.
@@ -429,12 +448,6 @@ async fn say_goodbye(mut stream: TcpStream) {
     };
     // It was sent away in any case; a peer that keeps sending does not keep its place for long.
     let _why_it_ended = timeout(GOODBYE_MAX, drained).await;
-}
-
-fn certified(stream: &TlsStream<TcpStream>) -> Result<Caller, GreetError> {
-    let certificates = stream.get_ref().1.peer_certificates().unwrap_or_default();
-    let identity = certificates.first().ok_or(tls::IdentityError::Missing).and_then(Identity::of_certificate);
-    identity.map(Caller::Certified).map_err(|source| GreetError::Identity { source })
 }
 
 fn set_options(stream: &TcpStream) -> io::Result<()> {

@@ -1,7 +1,7 @@
-//! New certificates reach a running agent: the kernel tells when a file changes, and connections that come later use it.
+//! New certificates and revocations reach a running agent: the kernel tells when a file changes.
 //!
 //! A set of files that does not fit together, such as a certificate whose key is still being written, changes nothing: what
-//! worked stays, and the log says why. Open connections are not touched here.
+//! worked stays, and the log says why. What a change means for those who are connected is decided by [`super::admission`].
 
 use std::{
     collections::BTreeSet,
@@ -13,10 +13,8 @@ use std::{
     time::Duration,
 };
 
-use arc_swap::ArcSwap;
-use millstream_common::tls::{self, TlsPaths};
+use millstream_common::tls::{ServerTls, TlsPaths};
 use rustix::fs::inotify::{self, CreateFlags, WatchFlags};
-use rustls::ServerConfig;
 use tokio::{
     io::{Interest, unix::AsyncFd},
     signal::unix::{SignalKind, signal},
@@ -24,11 +22,13 @@ use tokio::{
 };
 use tracing::{info, warn};
 
+use super::admission::Admission;
+
 /// Files of one set are written one after another: this long after the last change they are looked at.
 const SETTLE: Duration = Duration::from_millis(300);
 
-/// Replaces `config` whenever a file behind it has changed, or on SIGHUP. Runs until dropped.
-pub async fn keep_fresh(paths: TlsPaths, config: Arc<ArcSwap<ServerConfig>>) {
+/// Replaces the configuration whenever a file behind it has changed, or on SIGHUP. Runs until dropped.
+pub async fn keep_fresh(paths: TlsPaths, admission: Arc<Admission>) {
     let watch = watch_directories(&paths);
     if let Err(error) = &watch {
         warn!(%error, "files of certificates are not watched: send SIGHUP after changing them");
@@ -48,15 +48,15 @@ pub async fn keep_fresh(paths: TlsPaths, config: Arc<ArcSwap<ServerConfig>>) {
             },
         }
         sleep(SETTLE).await;
-        load(&paths, &config);
+        load(&paths, &admission);
     }
 }
 
-fn load(paths: &TlsPaths, config: &ArcSwap<ServerConfig>) {
-    match tls::server_config(paths) {
+fn load(paths: &TlsPaths, admission: &Admission) {
+    match ServerTls::load(paths) {
         Ok(fresh) => {
-            config.store(fresh);
-            info!(certificate = %paths.certificate.display(), "certificates loaded: new connections use them");
+            info!(certificate = %paths.certificate.display(), "certificates loaded");
+            admission.replace(fresh);
         }
         Err(error) => warn!(%error, "new certificates cannot be used: the old ones stay"),
     }
@@ -66,8 +66,8 @@ fn load(paths: &TlsPaths, config: &ArcSwap<ServerConfig>) {
 fn watch_directories(paths: &TlsPaths) -> io::Result<AsyncFd<OwnedFd>> {
     let watch = inotify::init(CreateFlags::NONBLOCK | CreateFlags::CLOEXEC)?;
     let directory = |path: &PathBuf| path.parent().unwrap_or(Path::new("/")).to_owned();
-    let directories: BTreeSet<PathBuf> =
-        [&paths.certificate, &paths.key, &paths.authority].into_iter().map(directory).collect();
+    let files = [&paths.certificate, &paths.key, &paths.authority].into_iter();
+    let directories: BTreeSet<PathBuf> = files.chain(&paths.revocations).map(directory).collect();
     for directory in directories {
         inotify::add_watch(&watch, &directory, WatchFlags::CLOSE_WRITE | WatchFlags::MOVED_TO)?;
     }
@@ -119,18 +119,19 @@ mod tests {
             certificate: issued.certificate,
             key: issued.key,
             authority: directory.path().join("ca.pem"),
+            revocations: None,
         };
-        let config = Arc::new(ArcSwap::new(tls::server_config(&paths).unwrap()));
+        let admission = Admission::new(ServerTls::load(&paths).unwrap());
         let mut watch = Some(watch_directories(&paths).unwrap());
-        let before = config.load_full();
+        let before = admission.config();
         // Half of a pair: the key is still the old one.
         std::fs::rename(&other.certificate, &paths.certificate).unwrap();
         timeout(Duration::from_secs(10), next_change(&mut watch)).await.unwrap().unwrap();
-        load(&paths, &config);
-        assert!(Arc::ptr_eq(&before, &config.load_full()));
+        load(&paths, &admission);
+        assert!(Arc::ptr_eq(&before, &admission.config()));
         std::fs::rename(&other.key, &paths.key).unwrap();
         timeout(Duration::from_secs(10), next_change(&mut watch)).await.unwrap().unwrap();
-        load(&paths, &config);
-        assert!(!Arc::ptr_eq(&before, &config.load_full()));
+        load(&paths, &admission);
+        assert!(!Arc::ptr_eq(&before, &admission.config()));
     }
 }

@@ -1,6 +1,6 @@
 //! Who holds a certificate: the identities in certificates.
 
-use std::{fmt, str::FromStr};
+use std::{fmt, str::FromStr, time::Duration};
 
 use rustls::pki_types::CertificateDer;
 use x509_parser::prelude::{FromDer as _, GeneralName, X509Certificate};
@@ -119,6 +119,13 @@ impl Identity {
         }
         first.parse()
     }
+}
+
+/// Until when a certificate is valid, since 1970; none when it cannot be read.
+#[must_use]
+pub fn valid_until(certificate: &CertificateDer<'_>) -> Option<Duration> {
+    let (_, parsed) = X509Certificate::from_der(certificate).ok()?;
+    u64::try_from(parsed.validity().not_after.timestamp()).ok().map(Duration::from_secs)
 }
 
 impl FromStr for Identity {

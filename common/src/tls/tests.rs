@@ -34,8 +34,13 @@ fn system_errors_lose_their_number() {
 #[test]
 fn a_missing_file_is_named_with_the_next_step() {
     let missing = PathBuf::from("/nonexistent/agent.pem");
-    let paths = TlsPaths { certificate: missing.clone(), key: missing.clone(), authority: missing };
-    let error = server_config(&paths).unwrap_err().to_string();
+    let paths = TlsPaths {
+        certificate: missing.clone(),
+        key: missing.clone(),
+        authority: missing,
+        revocations: None,
+    };
+    let error = ServerTls::load(&paths).unwrap_err().to_string();
     assert_eq!(
         error,
         "failed to read the certificate `/nonexistent/agent.pem`: no such file or directory; make one with \
@@ -63,7 +68,7 @@ fn pki(directory: &Path) -> (TlsPaths, TlsPaths) {
         fs::write(&certificate, end.signed_by(&key, &issuer).unwrap().pem()).unwrap();
         fs::write(&key_path, key.serialize_pem()).unwrap();
         fs::set_permissions(&key_path, fs::Permissions::from_mode(0o600)).unwrap();
-        TlsPaths { certificate, key: key_path, authority: authority.clone() }
+        TlsPaths { certificate, key: key_path, authority: authority.clone(), revocations: None }
     };
     (
         issue(Role::Agent, rcgen::ExtendedKeyUsagePurpose::ServerAuth),
@@ -76,7 +81,7 @@ fn a_key_that_others_can_read_is_refused() {
     let directory = tempfile::tempdir().unwrap();
     let (agent, _) = pki(directory.path());
     fs::set_permissions(&agent.key, fs::Permissions::from_mode(0o644)).unwrap();
-    let error = server_config(&agent).unwrap_err().to_string();
+    let error = ServerTls::load(&agent).unwrap_err().to_string();
     assert!(error.contains("mode 0644") && error.contains("chmod 600"), "{error}");
 }
 
@@ -84,13 +89,13 @@ fn a_key_that_others_can_read_is_refused() {
 fn a_certificate_of_the_wrong_role_is_refused_at_home() {
     let directory = tempfile::tempdir().unwrap();
     let (agent, controller) = pki(directory.path());
-    assert!(matches!(server_config(&controller), Err(TlsError::WrongRole { wanted: Role::Agent, .. })));
+    assert!(matches!(ServerTls::load(&controller), Err(TlsError::WrongRole { wanted: Role::Agent, .. })));
     assert!(matches!(client_config(&agent, "localhost"), Err(TlsError::WrongRole { .. })));
 }
 
 async fn handshake(server: &TlsPaths, client: &TlsPaths, name: &str) -> Result<Identity, String> {
     let (near, far) = tokio::io::duplex(64 * 1024);
-    let acceptor = tokio_rustls::TlsAcceptor::from(server_config(server).unwrap());
+    let acceptor = tokio_rustls::TlsAcceptor::from(ServerTls::load(server).unwrap().config());
     let (config, name) = client_config(client, name).unwrap();
     let connector = tokio_rustls::TlsConnector::from(config);
     let (accepted, connected) = tokio::join!(acceptor.accept(far), connector.connect(name, near));

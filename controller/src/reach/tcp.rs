@@ -54,6 +54,7 @@ impl Tls {
             certificate: file(option("certificate"), "MILLSTREAM_CERT", "cert.pem"),
             key: file(option("key"), "MILLSTREAM_KEY", "key.pem"),
             authority: file(option("authority"), "MILLSTREAM_CA", "ca.pem"),
+            revocations: None,
         };
         Ok(Self { host, port, server_name, paths })
     }

@@ -14,9 +14,10 @@ use millstream_integration_tests::{
     authority::{Authority, Certificate},
     lab::Lab,
     tools,
+    wait::wait_until_true,
 };
 
-use crate::support::{open, open_with};
+use crate::support::{SOON, Ticker, open, open_with};
 
 /// What comes of a block that somebody with this certificate tries to run.
 fn attempt(lab: &Lab, test: &str, certificate: &Certificate, mark: &Path) -> String {
@@ -65,6 +66,44 @@ fn an_operator_may_look_but_not_run() {
     assert!(told.contains("agent"), "{told}");
     assert!(!mark.exists());
     assert_eq!(agent.session_directories().len(), 0);
+}
+
+#[test]
+#[ignore = "needs root: integration-tests/run"]
+fn a_revoked_controller_is_cut_off_at_once_and_others_go_on() {
+    let lab = Lab::new(&["one"]);
+    let agent = lab.start_agent("one");
+    let (alice, bob) = (lab.authority().controller("alice"), lab.authority().controller("bob"));
+    let (of_alice, of_bob) =
+        (Ticker::new(&lab.directory().join("alice")), Ticker::new(&lab.directory().join("bob")));
+    let mark = lab.directory().join("mark");
+    lab.controller()
+        .block_on(|| async {
+            let (streams, others) = (open_with(&lab, "alice", &alice)?, open_with(&lab, "bob", &bob)?);
+            let _task = streams.get("one")?.run_bg(of_alice.block());
+            let task = others.get("one")?.run_bg(of_bob.block());
+            of_alice.wait_for_more(1);
+            of_bob.wait_for_more(1);
+            lab.authority().revoke(&alice);
+            wait_until_true("the open connections end", SOON, || {
+                agent.log().lines().any(|line| {
+                    line.contains("connection ended: its certificate is not taken any more")
+                        && line.contains("controller/alice")
+                        && line.contains("was revoked")
+                })
+            });
+            of_bob.release();
+            let outcome = task.outcome().await;
+            assert!(outcome.passed(), "{outcome}\n{}", agent.log());
+            others.close().await?;
+            drop(streams);
+            millstream::Result::<()>::Ok(())
+        })
+        .unwrap();
+    assert!(!agent.log().lines().any(|line| line.contains("connection ended") && line.contains("bob")));
+    let told = attempt(&lab, "revoked", &alice, &mark);
+    assert!(told.contains("it was revoked; issue a new one"), "{told}");
+    assert!(!mark.exists());
 }
 
 #[test]
