@@ -6,48 +6,34 @@
 
 #![expect(clippy::print_stdout, reason = "an example shows what it does")]
 
-use std::{path::PathBuf, process::ExitCode};
+mod common;
+
+use std::process::ExitCode;
 
 use clap::Parser;
-use millstream::{Params, Streams, blocking::block_on, reference};
+use millstream::reference;
 
 /// Attacks a service from several streams at once.
 #[derive(Parser)]
 struct Arguments {
-    /// Where the streams are; all of them on this machine when not given.
-    #[arg(long)]
-    streams: Option<PathBuf>,
+    #[command(flatten)]
+    place: common::Place,
     /// How many connections each attacker opens.
     #[arg(long, default_value_t = 20)]
     connections: u32,
-    /// Where results go.
-    #[arg(long, default_value = "results")]
-    results: PathBuf,
 }
 
 /// The file with the classes.
 const FILE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/inter_communication.py");
 
-fn main() -> ExitCode {
-    millstream::enter();
-    match block_on(run(&Arguments::parse())) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {error:?}");
-            ExitCode::FAILURE
+async fn run(arguments: Arguments) -> millstream::Result<()> {
+    let streams = arguments.place.builder("inter_communication")?.open()?;
+    if streams.is_empty() {
+        // Nobody defined any: two attackers on this machine.
+        for name in ["service", "watcher", "attacker-1", "attacker-2"] {
+            streams.get(name)?;
         }
     }
-}
-
-async fn run(arguments: &Arguments) -> millstream::Result<()> {
-    let mut builder = Streams::builder("inter_communication").results_dir(&arguments.results);
-    builder = match &arguments.streams {
-        Some(path) => builder.params(Params::load(path)?),
-        None => ["service", "watcher", "attacker-1", "attacker-2"]
-            .into_iter()
-            .fold(builder, |builder, name| builder.stream(name, "local")),
-    };
-    let streams = builder.open()?;
     let service = streams.get("service")?;
     let attackers = streams.select(r"attacker-\d+")?;
     let block = |class: &str| reference(format!("{FILE}:{class}.test")).param("service", service.host());
@@ -68,4 +54,8 @@ async fn run(arguments: &Arguments) -> millstream::Result<()> {
     println!("service: {}", serving.wait().await?.whiteboard().trim());
     streams.wait().await?;
     streams.close().await
+}
+
+fn main() -> ExitCode {
+    common::main(run)
 }

@@ -6,46 +6,34 @@
 
 #![expect(clippy::print_stdout, reason = "an example shows what it does")]
 
-use std::{path::PathBuf, process::ExitCode};
+mod common;
+
+use std::process::ExitCode;
 
 use clap::Parser;
-use millstream::{Params, Streams, blocking::block_on, reference};
+use millstream::reference;
 
 /// Measures TCP throughput from several streams to one.
 #[derive(Parser)]
 struct Arguments {
-    /// Where the streams are; two clients and a server on this machine when not given.
-    #[arg(long)]
-    streams: Option<PathBuf>,
+    #[command(flatten)]
+    place: common::Place,
     /// How long each client sends.
     #[arg(long, default_value_t = 1.0)]
     seconds: f64,
-    /// Where results go.
-    #[arg(long, default_value = "results")]
-    results: PathBuf,
 }
 
 /// The file with the classes.
 const FILE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/multi_netperf.py");
 
-fn main() -> ExitCode {
-    millstream::enter();
-    match block_on(run(&Arguments::parse())) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {error:?}");
-            ExitCode::FAILURE
+async fn run(arguments: Arguments) -> millstream::Result<()> {
+    let streams = arguments.place.builder("multi_netperf")?.open()?;
+    if streams.is_empty() {
+        // Nobody defined any: two clients and a server on this machine.
+        for name in ["server", "client-1", "client-2"] {
+            streams.get(name)?;
         }
     }
-}
-
-async fn run(arguments: &Arguments) -> millstream::Result<()> {
-    let mut builder = Streams::builder("multi_netperf").results_dir(&arguments.results);
-    builder = match &arguments.streams {
-        Some(path) => builder.params(Params::load(path)?),
-        None => builder.stream("server", "local").stream("client-1", "local").stream("client-2", "local"),
-    };
-    let streams = builder.open()?;
     let server = streams.get("server")?;
     let clients = streams.select(r"client-\d+")?;
     let parties = clients.len() + 1;
@@ -61,4 +49,8 @@ async fn run(arguments: &Arguments) -> millstream::Result<()> {
     println!("server: {}", serving.wait().await?.stdout().trim());
     streams.wait().await?;
     streams.close().await
+}
+
+fn main() -> ExitCode {
+    common::main(run)
 }

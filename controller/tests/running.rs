@@ -313,6 +313,30 @@ async fn failing_fast_and_broken_barriers_make_one_failure() {
 }
 
 #[tokio::test]
+async fn failing_fast_ends_the_wait_of_main_and_names_the_culprit() {
+    let lab = lab_with(StreamsBuilder::fail_fast);
+    lab.streams.get("a").unwrap().run_bg(waiting()).ready(Ready::log("up")).await.unwrap();
+    lab.streams.get("b").unwrap().run_bg(shell("exit 3").name("culprit"));
+    let error = lab.streams.barrier("never", 2).await.unwrap_err().to_string();
+    assert!(error.contains("task 1-culprit on stream b failed with exit code 3"), "{error}");
+}
+
+#[tokio::test]
+async fn those_who_wait_for_a_dead_one_with_more_queued_behind_them_are_its_followers() {
+    let lab = lab();
+    for name in ["a", "b"] {
+        let stream = lab.streams.get(name).unwrap();
+        let meeting = shell("echo here; exec millstream-sync barrier met 3 --timeout 120").name("party");
+        stream.run_bg(meeting).ready(Ready::log("here")).await.unwrap();
+        stream.run_bg(exec(["true"]));
+    }
+    lab.streams.get("c").unwrap().run_bg(shell("exit 2").name("culprit"));
+    let report = lab.streams.wait().await.unwrap_err();
+    assert_eq!((report.count(), report.failures[0].followers.len()), (1, 2), "{report}");
+    assert!(report.failures[0].followers[0].sentence().ends_with(", because of c/1-culprit"), "{report}");
+}
+
+#[tokio::test]
 async fn a_stream_that_drains_cancels_what_is_queued_and_takes_what_comes_later() {
     let lab = lab_with(|builder| builder.stream("a", "local://?on_failure=drain"));
     let stream = lab.streams.get("a").unwrap();

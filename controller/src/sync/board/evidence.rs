@@ -64,11 +64,17 @@ impl Board {
             if !circle.is_empty() {
                 let told = story::circle(&circle, |wait| self.place_name(wait), |task| self.long(task));
                 for link in &circle {
-                    let sentence = match self.counts(link.wait) {
+                    let mut sentence = match self.counts(link.wait) {
                         Some((entered, parties)) => format!("{entered} of {parties} entered; {told}"),
                         None => told.clone(),
                     };
-                    stories.push((link.wait, sentence, None));
+                    // Those in the circle might have been met by somebody who has failed: then that one is to blame.
+                    let (reason, culprit) = self.absence(link.wait, now);
+                    if culprit.is_some() {
+                        sentence.push_str("; nor can another that might have: ");
+                        sentence.push_str(&reason);
+                    }
+                    stories.push((link.wait, sentence, culprit));
                 }
             }
             if stories.is_empty() {
@@ -96,15 +102,20 @@ impl Board {
     /// Why too few are left for a wait, and whose end that was.
     fn tell_absence(&self, wait: Wait, now: Instant) -> (String, Option<Culprit>) {
         let left = self.prospects.left_for(wait);
-        let name = match wait {
-            Wait::Barrier(index) => Some(self.barriers[index].barrier.name()),
-            Wait::Topic(_) => None,
-        };
-        let (reason, culprit) = story::absence(name, &self.unexpected, &self.ended, self.tasks.len(), now);
+        let (reason, culprit) = self.absence(wait, now);
         match self.counts(wait) {
             Some((entered, parties)) => (story::too_few(entered, parties, left, &reason), culprit),
             None => (format!("nobody is left who could publish: {reason}"), culprit),
         }
+    }
+
+    /// Whose end leaves a wait without others, and in words.
+    fn absence(&self, wait: Wait, now: Instant) -> (String, Option<Culprit>) {
+        let name = match wait {
+            Wait::Barrier(index) => Some(self.barriers[index].barrier.name()),
+            Wait::Topic(_) => None,
+        };
+        story::absence(name, &self.unexpected, &self.ended, self.tasks.len(), now)
     }
 
     fn counts(&self, wait: Wait) -> Option<(usize, u32)> {

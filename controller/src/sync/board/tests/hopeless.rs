@@ -119,6 +119,20 @@ fn a_task_queued_behind_its_own_party_is_stuck() {
 }
 
 #[test]
+fn a_circle_of_those_who_waited_for_a_dead_one_is_the_dead_ones_fault() {
+    let script = check(
+        script(
+            tasks(&["server/1", "a/1", "a/2"]),
+            &[main_waits(), enter("a/1", "x", 2), fails_saying("server/1", "no such file")],
+        ),
+        &expect![[r#"
+            a/1: barrier `x` broke in generation 1: 1 of 2 entered; nobody else can come: task 2-block on stream a is queued behind task 1-block on stream a, which waits here itself; nor can another that might have: task 1-block on stream server failed with exit code 1, 0.0 s ago (last line: `no such file`); a/1-block had waited 0.0 s
+        "#]],
+    );
+    assert_eq!(script.board.broken_by(id("a/1")).and_then(Culprit::task), Some(id("server/1")));
+}
+
+#[test]
 fn a_queued_task_comes_when_the_one_ahead_can_go_on() {
     check(
         script(
