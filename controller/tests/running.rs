@@ -245,6 +245,31 @@ async fn whoever_waits_says_where_and_for_whom() {
 }
 
 #[tokio::test]
+async fn a_task_that_does_not_want_to_end_says_that_it_was_told() {
+    let lab = lab();
+    let stubborn = shell("trap '' TERM; echo up; while :; do sleep 1000; done").name("stubborn");
+    let task = lab.streams.get("a").unwrap().run_bg(stubborn.grace(Duration::from_secs(120)));
+    task.ready(Ready::log("up")).await.unwrap();
+    task.stop();
+    let told = explained(&task, "was told to stop").await;
+    assert!(told.starts_with("task 1-stubborn on stream a was told to stop "), "{told}");
+    assert!(told.ends_with("; its last line: `up`"), "{told}");
+    assert_eq!(task.stop_within(Duration::ZERO).await.kind, OutcomeKind::Stopped);
+}
+
+#[tokio::test]
+async fn places_whose_names_are_alike_get_streams_of_different_names() {
+    let lab = lab_with(|builder| builder.stream("a b", "local").stream("a_b", "local"));
+    let names: Vec<_> = ["a b", "a_b", "a b"]
+        .map(|place| lab.single(place, "same"))
+        .iter()
+        .map(|task| task.stream().to_string())
+        .collect();
+    assert_eq!(names, ["a_b.1", "a_b.2", "a_b.3"]);
+    assert_eq!(lab.streams.wait().await.unwrap().outcomes.len(), 3);
+}
+
+#[tokio::test]
 async fn the_deadline_takes_the_queue_along() {
     let lab = lab_with(|builder| builder.deadline(Duration::from_secs(2)));
     let stream = lab.streams.get("a").unwrap();
