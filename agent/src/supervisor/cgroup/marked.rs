@@ -1,0 +1,63 @@
+//! Processes in words, and those that bear the mark of a task, wherever they are.
+
+use std::{fs, os::fd::OwnedFd};
+
+use millstream_common::{outcome::LeakedProcess, text::printable};
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+
+/// Command line of a process.
+const COMMAND_BYTES_MAX: usize = 256 - '…'.len_utf8();
+
+/// A descriptor for a process, if it is still there.
+pub(crate) fn open_process(pid: u32) -> Option<OwnedFd> {
+    let pid = Pid::from_raw(i32::try_from(pid).ok()?)?;
+    pidfd_open(pid, PidfdFlags::empty()).ok()
+}
+
+/// A process with its command line as text, for people.
+pub(crate) fn describe(pid: u32) -> LeakedProcess {
+    let read = |file: &str| fs::read(format!("/proc/{pid}/{file}")).unwrap_or_default();
+    let mut command = read("cmdline");
+    while command.last() == Some(&0) {
+        command.pop();
+    }
+    for byte in &mut command {
+        if *byte == 0 {
+            *byte = b' ';
+        }
+    }
+    if command.is_empty() {
+        // It is so young or so dead that only its name is left.
+        command = read("comm").trim_ascii_end().to_owned();
+    }
+    LeakedProcess { pid, command: printable(&command, COMMAND_BYTES_MAX) }
+}
+
+/// Finds what has left its containment: every process whose environment marks it as belonging to one of these tasks, as a
+/// descriptor that still means it when it is killed, and in words.
+pub(crate) fn find_marked(is_ours: impl Fn(&str) -> bool) -> Vec<(OwnedFd, LeakedProcess)> {
+    let mut found = Vec::new();
+    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
+    for pid in entries.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok()) {
+        if pid == std::process::id() {
+            continue;
+        }
+        // Opened before it is looked at: whoever is found by this number is whom the descriptor means.
+        let Some(pidfd) = open_process(pid) else { continue };
+        let environment = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
+        let mark = environment.split(|&byte| byte == 0).find_map(|variable| variable.strip_prefix(MARK));
+        if mark.and_then(|mark| std::str::from_utf8(mark).ok()).is_some_and(&is_ours) {
+            found.push((pidfd, describe(pid)));
+        }
+    }
+    found
+}
+
+/// The variable that marks every process of a task.
+const MARK: &[u8] = b"MILLSTREAM_TASK=";
+
+/// Kills a process that was found by its mark.
+pub(crate) fn kill_marked(process: &OwnedFd) {
+    // It may have ended by itself since.
+    let _gone: Result<(), _> = pidfd_send_signal(process, Signal::KILL);
+}
