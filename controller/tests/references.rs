@@ -43,6 +43,16 @@ class Unit(unittest.TestCase):
     def test_second(self):
         self.skipTest("no such disk")
 
+class Expected(unittest.TestCase):
+    """:millstream: hidden"""
+    @unittest.expectedFailure
+    def test_fails(self):
+        self.fail("as it should")
+
+    @unittest.expectedFailure
+    def test_passes(self):
+        pass
+
 class Odd:
     """:millstream: hidden"""
     def test_crash(self):
@@ -139,6 +149,10 @@ fn the_phase_that_failed_is_named_with_its_cause_and_place() {
     let sentence = outcome.sentence();
     assert!(sentence.contains(": failed in phase run with exit code 1 after "), "{sentence}");
     assert!(sentence.ends_with(": Plain.test raised ValueError: as asked (classes.py:16)"), "{sentence}");
+    assert!(place.run(place.named("Expected.test_fails")).passed());
+    let outcome = place.run(place.named("Expected.test_passes"));
+    assert_eq!((outcome.kind, outcome.phase), (OutcomeKind::Failed, Some(Phase::Run)), "{outcome}");
+    assert_eq!(outcome.detail, "Expected.test_passes was expected to fail and passed");
     // A command beside it is a phase; then those of the class are not.
     let outcome = place.run(place.named("Plain.test").param("fail", "setUp").setup("echo before"));
     assert_eq!((outcome.phase, phases(&outcome).len()), (Some(Phase::Run), 2), "{outcome}");

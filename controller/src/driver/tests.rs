@@ -16,6 +16,7 @@ use crate::{
 
 mod explaining;
 mod fake;
+mod payloads;
 
 use fake::{Fake, LEASE, PIECE};
 

@@ -143,20 +143,22 @@ class Result(unittest.TestResult):
         if err is not None:
             self.phases.note(err[1], str(subtest))
 
-    def addUnexpectedSuccess(self, test):
-        self.phases.fail(self.where + " was expected to fail and passed")
 
-
-def watched(phases, phase, function, where, silent=False):
+def watched(phases, phase, function, where, should_fail=False):
     """The function, with its phase and what it raises told."""
+    def passed(result):
+        if should_fail:
+            phases.fail(where + " was expected to fail and passed")
+        return result
+
     if inspect.iscoroutinefunction(function):
         @functools.wraps(function)
         async def wrapper(*arguments, **named):
             try:
                 phases.begin(phase)
-                return await function(*arguments, **named)
+                return passed(await function(*arguments, **named))
             except BaseException as error:
-                if not silent:
+                if not should_fail or isinstance(error, Terminated):
                     phases.note(error, where)
                 raise
     else:
@@ -164,9 +166,9 @@ def watched(phases, phase, function, where, silent=False):
         def wrapper(*arguments, **named):
             try:
                 phases.begin(phase)
-                return function(*arguments, **named)
+                return passed(function(*arguments, **named))
             except BaseException as error:
-                if not silent:
+                if not should_fail or isinstance(error, Terminated):
                     phases.note(error, where)
                 raise
     return wrapper

@@ -59,6 +59,8 @@ pub(super) struct FakeState {
     pub(super) taken: Vec<(String, u32)>,
     pub(super) events: Vec<v1::TaskEvent>,
     pub(super) large: Vec<String>,
+    /// Digests of the files that came, in the order of their ends.
+    pub(super) uploaded: Vec<String>,
 }
 
 /// Long enough for a loaded machine, and short enough to wait for its end.
@@ -259,7 +261,9 @@ impl AgentService for Fake {
             pieces.message().await?;
             return std::future::pending().await;
         }
+        let first = pieces.message().await?.ok_or_else(|| Status::invalid_argument("an empty upload"))?;
         while pieces.message().await?.is_some() {}
+        self.lock().uploaded.push(first.blake3);
         Ok(Response::new(v1::UploadBlobResponse { existed: false }))
     }
 
