@@ -30,6 +30,7 @@ const REFERENCE_SHOWN_BYTES: usize = 256;
 /// | --- | --- |
 /// | `netserver` | a function of this program with `#[millstream::block]`; its arguments are the parameters of their names |
 /// | `NetPerf.py:NetServer.test` | a method of a class in a Python file: `setUp`, the method, `tearDown` |
+/// | `NetPerf:NetServer.test` | the same, where there is a file `NetPerf.py` |
 /// | `NetPerf.py:NetServer` | all methods of it that begin with `test` |
 /// | `NetPerf.py` | all methods of all its classes, but of those that are marked `:millstream: hidden`; a file without such classes is a program |
 /// | `tools/load.sh 5` | a script of this machine, shipped, with its arguments |

@@ -1,5 +1,7 @@
 //! References to Rust functions of this program, by name.
 
+use std::collections::BTreeMap;
+
 use millstream_common::text::nearest;
 
 use super::{BlockReference, Resolution, Resolver};
@@ -19,9 +21,12 @@ impl Resolver for Functions {
             let path = function.path();
             path == text || path.strip_suffix(text).is_some_and(|module| module.ends_with("::"))
         };
-        let found: Vec<_> = FUNCTIONS.iter().filter(named).map(|f| Call::by_name(f).into_block()).collect();
+        // Their order in the program is the linker's.
+        let found: BTreeMap<_, _> = FUNCTIONS.iter().filter(named).map(|found| (found.key, found)).collect();
         if !found.is_empty() {
-            return Resolution::Found(found);
+            return Resolution::Found(
+                found.values().map(|found| Call::by_name(found).into_block()).collect(),
+            );
         }
         let names = FUNCTIONS.iter().map(Function::name);
         Resolution::not_found("no function of this program with `#[millstream::block]`", nearest(text, names))

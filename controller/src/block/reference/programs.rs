@@ -52,7 +52,12 @@ impl Resolver for Programs {
 
 /// What has this form is a Python file, or a mistake in one.
 fn is_python(word: &str) -> bool {
-    word.ends_with(".py") || word.contains(".py:")
+    word.ends_with(".py") || word.contains(".py:") || without_ending(word).is_some()
+}
+
+/// The file and what is inside of it, where the file's ending was left out.
+pub(super) fn without_ending(word: &str) -> Option<(&str, &str)> {
+    word.split_once(':').filter(|(file, _)| Path::new(&format!("{file}.py")).is_file())
 }
 
 fn is_executable(path: &Path) -> bool {

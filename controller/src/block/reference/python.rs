@@ -10,7 +10,10 @@ use std::{
 use millstream_common::text::{nearest, printable};
 use serde::Deserialize;
 
-use super::{BlockReference, Resolution, Resolver, programs::missing_file};
+use super::{
+    BlockReference, Resolution, Resolver,
+    programs::{missing_file, without_ending},
+};
 use crate::block::{
     Block, Kind,
     class::{PythonFile, PythonRun},
@@ -47,7 +50,8 @@ impl Resolver for Python {
 
     fn resolve(&self, reference: &BlockReference) -> Resolution {
         let text = reference.text();
-        let (file, inside) = match text.split_once(".py:") {
+        // The ending may be left out where a class is named and the file is there.
+        let (file, inside) = match text.split_once(".py:").or_else(|| without_ending(text)) {
             Some((file, inside)) => (format!("{file}.py"), Some(inside)),
             None => match reference.words().ok().and_then(|words| words.into_iter().next()) {
                 Some(first) if first.ends_with(".py") => (first, None),

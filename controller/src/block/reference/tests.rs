@@ -158,6 +158,16 @@ fn classes_and_methods_are_found_without_running_the_file() {
     "#]],
     );
     place.check(
+        "PATH/NetPerf:NetServer.test",
+        expect![[r#"
+            NetServer.test: reference("PATH/NetPerf.py:NetServer.test")
+        "#]],
+    );
+    place.check(
+        "PATH/NetPerf:NetServer.tset",
+        expect!["the reference `PATH/NetPerf:NetServer.tset` names no block: own: not a number; functions: no function of this program with `#[millstream::block]`; python: class `NetServer` in `PATH/NetPerf.py` has no method `tset`, did you mean `PATH/NetPerf.py:NetServer.test`?; programs: not for Python files; scripts: not for Python files"],
+    );
+    place.check(
         "PATH/NetPerf.py:Larger",
         expect![[r#"
         Larger.test_small: reference("PATH/NetPerf.py:Larger.test_small")
@@ -311,7 +321,7 @@ fn several_where_one_is_asked_are_listed() {
     let told =
         |text: &str| place.shown(&place.reference(text).compile(&surroundings()).unwrap_err().to_string());
     expect!["the reference `PATH/NetPerf.py` names 5 blocks: `PATH/NetPerf.py:NetPerf.test_small`, `PATH/NetPerf.py:NetPerf.test_large`, `PATH/NetPerf.py:Larger.test_small`, `PATH/NetPerf.py:Larger.test_large`, `PATH/NetPerf.py:Larger.test_huge`; run one of them, or all with `run_all_bg` or `run_all_fg`"].assert_eq(&told("PATH/NetPerf.py"));
-    expect!["the reference `same_name` names 2 blocks: `millstream::block::reference::tests::elsewhere::same_name`, `millstream::block::reference::tests::elsewhere::deeper::same_name`; run one of them, or all with `run_all_bg` or `run_all_fg`"].assert_eq(&told("same_name"));
+    expect!["the reference `same_name` names 2 blocks: `millstream::block::reference::tests::elsewhere::deeper::same_name`, `millstream::block::reference::tests::elsewhere::same_name`; run one of them, or all with `run_all_bg` or `run_all_fg`"].assert_eq(&told("same_name"));
 }
 
 #[test]
