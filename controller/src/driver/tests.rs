@@ -8,6 +8,9 @@ use std::{
     time::Duration,
 };
 
+use expect_test::expect;
+use millstream_common::protocol::Spoken;
+
 use crate::{
     Block, Expectation, OutcomeKind, Ready, Reason, Streams, exec,
     reach::{PlaceError, Reach, register},
@@ -175,6 +178,28 @@ async fn a_session_that_was_lost_is_ended_when_its_host_can_be_asked_again() {
     lab.fake.shared.unreachable.store(false, Ordering::SeqCst);
     lab.streams.close().await.unwrap();
     assert_eq!(lab.fake.lock().closed, 1);
+}
+
+#[tokio::test]
+async fn an_agent_of_another_version_is_refused_with_both_versions_and_the_end_to_update() {
+    let newer = Spoken { min: 2, max: 4, version: "9.0.0" };
+    let older = Spoken { min: 0, max: 0, version: "0.0.1" };
+    let mut told = String::new();
+    for spoken in [newer, older] {
+        let lab = lab();
+        *lab.fake.shared.version.lock().unwrap() = Some(spoken);
+        let failed = lab.streams.get("a").unwrap().run_fg(word("true")).await.unwrap_err();
+        assert_eq!((failed.0.kind, failed.0.reason), (OutcomeKind::Error, Reason::Unreachable));
+        told += &format!("{}\n", failed.0).replace(Spoken::OURS.version, "VERSION");
+        lab.streams.close().await.unwrap();
+        let state = lab.fake.lock();
+        assert_eq!(state.closed, usize::try_from(state.epoch).unwrap(), "no session stays open");
+        assert!(state.received.is_empty(), "nothing is started on it");
+    }
+    expect![[r#"
+        task 1-true on stream a (fakehost): error (unreachable): fake: the agent of version 9.0.0 speaks protocols 2 to 4, the controller of version VERSION speaks protocol 1: update the controller
+        task 1-true on stream a (fakehost): error (unreachable): fake: the agent of version 0.0.1 speaks protocol 0, the controller of version VERSION speaks protocol 1: update the agent
+    "#]].assert_eq(&told);
 }
 
 #[tokio::test]

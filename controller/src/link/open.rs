@@ -10,6 +10,7 @@ use std::sync::{
 use millstream_common::{
     clock::World,
     convert, limits, pipe,
+    protocol::Spoken,
     text::{printable, spoken},
 };
 use millstream_proto::v1::{self, agent_service_client::AgentServiceClient};
@@ -21,9 +22,6 @@ use crate::{
     reach::{DialError, Reach},
     results::timeline::HostClock,
 };
-
-/// Protocol numbers that this controller speaks.
-const PROTOCOL: u32 = 1;
 
 /// One attempt to open a session or to come back to it.
 pub(super) struct Attempt {
@@ -68,10 +66,10 @@ impl Attempt {
         let request = v1::OpenSessionRequest {
             session_id: self.session.id.to_string(),
             secret: self.session.secret.clone(),
-            protocol_min: PROTOCOL,
-            protocol_max: PROTOCOL,
+            protocol_min: Spoken::OURS.min,
+            protocol_max: Spoken::OURS.max,
             required_features: Vec::new(),
-            version: env!("CARGO_PKG_VERSION").to_owned(),
+            version: Spoken::OURS.version.to_owned(),
             client: self.options.client.clone(),
             lease_duration: Some(convert::duration(self.options.lease)),
             exclusive: self.options.exclusive,
@@ -92,6 +90,10 @@ impl Attempt {
             }
         };
         let received_ns = self.world.clock.wall_ns();
+        // An agent that knows no ranges opens a session all the same; it is closed with those that were given up.
+        Spoken::OURS
+            .check_agreed(response.protocol, &response.version)
+            .map_err(|error| OpenError::Final { why: error.to_string(), gone: false })?;
         let boot_id = response.host.as_ref().map_or("", |host| host.boot_id.as_str());
         let mut clock = if shares_this_kernel(boot_id) { HostClock::same() } else { HostClock::default() };
         if let Some(time) = &response.host_time {

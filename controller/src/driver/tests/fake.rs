@@ -10,7 +10,7 @@ use std::{
     time::Duration,
 };
 
-use millstream_common::{convert, pipe};
+use millstream_common::{convert, pipe, protocol::Spoken};
 use millstream_proto::v1::{
     self,
     agent_service_server::{AgentService, AgentServiceServer},
@@ -39,6 +39,8 @@ pub(super) struct FakeShared {
     /// Refuses every dial.
     pub(super) unreachable: AtomicBool,
     pub(super) forgets: AtomicBool,
+    /// What it speaks instead of what this build speaks.
+    pub(super) version: Mutex<Option<Spoken<'static>>>,
     /// Somebody else has the host.
     pub(super) reserved: AtomicBool,
     /// Takes no more of a file than its first piece.
@@ -216,13 +218,20 @@ impl AgentService for Fake {
         if self.shared.reserved.load(Ordering::SeqCst) {
             return Err(Status::resource_exhausted("the host is reserved by alice (nightly) for 5.0 s"));
         }
+        let spoken = self.shared.version.lock().unwrap().unwrap_or(Spoken::OURS);
+        let v1::OpenSessionRequest { protocol_min: min, protocol_max: max, version, .. } = request.get_ref();
+        let agreed = match spoken.agree(Spoken { min: *min, max: *max, version }) {
+            // The oldest of all knows no ranges and goes on.
+            _ if spoken.max == 0 => 0,
+            agreed => agreed.map_err(|error| Status::failed_precondition(error.to_string()))?,
+        };
         let mut state = self.lock();
         state.epoch += 1;
         Ok(Response::new(v1::OpenSessionResponse {
             epoch: state.epoch,
             resumed: resume,
-            protocol: 1,
-            version: "1".to_owned(),
+            protocol: agreed,
+            version: spoken.version.to_owned(),
             host_time: Some(convert::timestamp(1)),
             ..Default::default()
         }))
