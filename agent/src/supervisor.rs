@@ -8,6 +8,7 @@ pub(crate) mod account;
 pub(crate) mod attendant;
 pub mod blobs;
 pub mod cgroup;
+pub mod disk;
 pub(crate) mod ended;
 pub mod process;
 pub mod processes;
@@ -30,7 +31,6 @@ use std::{
     os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt as _},
     path::{Path, PathBuf},
     process::ExitCode,
-    sync::Arc,
     time::Duration,
 };
 
@@ -50,8 +50,8 @@ use tracing::{debug, info, warn};
 
 use crate::entry::Relaunch;
 use cgroup::claim::{Claim, SESSION_GROUP};
+use disk::Host;
 use process::watch;
-use processes::{HostProcesses, Processes};
 use session::Session;
 use wire::{FrameReader, FrameWriter, WireError};
 
@@ -155,7 +155,7 @@ fn failed(attempt: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Super
 pub async fn run(
     config: SupervisorConfig,
     world: World,
-    processes: Arc<dyn Processes>,
+    host: Host,
     mut doors: mpsc::Receiver<UnixStream>,
 ) -> Result<(), SupervisorError> {
     prepare_directory(&config)?;
@@ -164,7 +164,7 @@ pub async fn run(
     let (told, mut happened) = mpsc::channel(limits::SUPERVISOR_FRAMES_COUNT_MAX);
     // The relay bounds its own queue; this one only hands over.
     let (relayed, mut relay) = mpsc::channel::<RelayFrames>(1);
-    let mut session = Session::new(config, world, processes, told, relayed)?;
+    let mut session = Session::new(config, world, host, told, relayed)?;
     let mut alarm = BootAlarm::new().map_err(SupervisorError::Runtime)?;
     let (mut reader, mut writer): (Option<DoorReader>, Option<DoorWriter>) = (None, None);
     let mut doors_come = true;
@@ -374,7 +374,7 @@ fn serve(directory: &Path) -> Result<(), SupervisorError> {
         .max_blocking_threads(4)
         .build()
         .map_err(SupervisorError::Runtime)?;
-    let served = runtime.block_on(attend(directory, World::system(), host_processes, || {
+    let served = runtime.block_on(attend(directory, World::system(), real_host, || {
         say(READY);
         close_stdout();
     }));
@@ -394,7 +394,7 @@ fn serve(directory: &Path) -> Result<(), SupervisorError> {
 pub async fn attend(
     directory: &Path,
     world: World,
-    processes: impl FnOnce(&SupervisorConfig) -> Result<Arc<dyn Processes>, SupervisorError>,
+    host: impl FnOnce(&SupervisorConfig) -> Result<Host, SupervisorError>,
     listening: impl FnOnce(),
 ) -> Result<(), SupervisorError> {
     let path = directory.join(CONFIG_FILE);
@@ -402,7 +402,7 @@ pub async fn attend(
     let config: SupervisorConfig = serde_json::from_slice(&text)
         .map_err(|source| SupervisorError::Configuration { path: path.clone(), source })?;
     let _lock = lock(&directory.join(LOCK_FILE))?;
-    let processes = processes(&config)?;
+    let host = host(&config)?;
     let socket = directory.join(SOCKET_FILE);
     match fs::remove_file(&socket) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => {
@@ -417,7 +417,7 @@ pub async fn attend(
     // It ends with this future, so that nobody is let in who would never be served.
     let _accepting = tokio_util::task::AbortOnDropHandle::new(tokio::spawn(accept(listener, doors)));
     listening();
-    let served = run(config, world, processes, came).await;
+    let served = run(config, world, host, came).await;
     // Results may be kept for a while; nobody answers here any more.
     if let Err(error) = fs::remove_file(&socket) {
         warn!(%error, "the socket of the session is left behind");
@@ -425,10 +425,9 @@ pub async fn attend(
     served
 }
 
-/// The processes of this host, for a session.
-pub(crate) fn host_processes(config: &SupervisorConfig) -> Result<Arc<dyn Processes>, SupervisorError> {
-    let null = Path::new("/dev/null");
-    Ok(Arc::new(HostProcesses::new(config).map_err(failed("open", null))?))
+/// This host, for the supervisor of a session.
+pub(crate) fn real_host(config: &SupervisorConfig) -> Result<Host, SupervisorError> {
+    Host::real(config).map_err(failed("open", Path::new("/dev/null")))
 }
 
 async fn accept(listener: UnixListener, doors: mpsc::Sender<UnixStream>) {

@@ -30,8 +30,9 @@ use super::{
     account::Account,
     blobs::Blobs,
     cgroup::LEAKED_NAMED_MAX,
+    disk::{Disk, Host},
     process::{Launch, moved, report_descriptor},
-    processes::{Ended, Happened, ProcessTree, Processes, Started},
+    processes::{Ended, Happened, ProcessTree, Started},
     relay::Relay,
     reports::{REPORTS_VARIABLE, Report, Reports},
     spares::Spares,
@@ -60,8 +61,8 @@ pub(crate) struct Surroundings {
     pub(crate) session_dir: PathBuf,
     /// Environment of every block.
     pub(crate) base_environment: Vec<(String, String)>,
-    /// Where process trees come from.
-    pub(crate) processes: Arc<dyn Processes>,
+    /// Where processes come from and files go.
+    pub(crate) host: Host,
     /// Shipped files.
     pub(crate) blobs: Blobs,
     pub(crate) spares: Spares,
@@ -307,7 +308,8 @@ impl Attendant {
     /// Marks that the task's first program is about to begin. Exclusively: a task runs at most once, whatever happens.
     fn mark_started(&self) -> Result<(), Refusal> {
         let path = self.directory.join(STARTED_FILE);
-        let made = fs::OpenOptions::new().write(true).create_new(true).open(&path);
+        let admitted = self.around.host.disk.admit(&path, 0);
+        let made = admitted.and_then(|()| fs::OpenOptions::new().write(true).create_new(true).open(&path));
         made.map(drop).map_err(|error| Refusal {
             reason: if error.kind() == io::ErrorKind::AlreadyExists {
                 Reason::StateCorrupt
@@ -452,7 +454,7 @@ impl Attendant {
     /// Ends who left the containment and still holds an output: found by the task's mark.
     fn find_escaped(&self, ended: &mut Ended) {
         let own = self.task.to_string();
-        for described in self.around.processes.end_marked(&|mark| mark == own) {
+        for described in self.around.host.processes.end_marked(&|mark| mark == own) {
             warn!(task_id = %self.task, pid = described.pid, command = %described.command,
                 "a process had left the containment of its task");
             name_leaked(&mut ended.leaked, described);
@@ -511,7 +513,7 @@ impl Attendant {
             self.around.relay.close(self.task);
         }
         let end = v1::TaskEnd::from(&end);
-        if let Err(error) = write_record(&self.directory, &end) {
+        if let Err(error) = write_record(&*self.around.host.disk, &self.directory, &end) {
             // It is known as long as this supervisor lives.
             warn!(task_id = %self.task, %error, "terminal record not written");
         }
@@ -545,7 +547,8 @@ pub(super) fn told_in_full(error: &dyn std::error::Error) -> String {
 ///
 /// # Errors
 /// When it cannot be written.
-pub(crate) fn write_record(directory: &Path, end: &v1::TaskEnd) -> io::Result<()> {
+pub(crate) fn write_record(disk: &dyn Disk, directory: &Path, end: &v1::TaskEnd) -> io::Result<()> {
+    disk.admit(&directory.join(RECORD_FILE), end.encoded_len())?;
     let fresh = directory.join(".end.pb.new");
     fs::write(&fresh, end.encode_to_vec())?;
     fs::rename(&fresh, directory.join(RECORD_FILE))

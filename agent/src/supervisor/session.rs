@@ -32,7 +32,7 @@ use super::{
     SupervisorConfig, SupervisorError,
     attendant::{Attendant, Grown, SharedSpool, Surroundings, Told, locked},
     blobs::Blobs,
-    processes::Processes,
+    disk::Host,
     queue::{self, Queue},
     relay::Relay,
     spares::Spares,
@@ -97,7 +97,7 @@ impl Session {
     pub(super) fn new(
         config: SupervisorConfig,
         world: World,
-        processes: Arc<dyn Processes>,
+        host: Host,
         told: mpsc::Sender<Told>,
         relayed: mpsc::Sender<RelayFrames>,
     ) -> Result<Self, SupervisorError> {
@@ -106,7 +106,7 @@ impl Session {
             world: world.clone(),
             session_dir: config.session_dir.clone(),
             base_environment: config.base_environment.clone(),
-            processes,
+            host,
             blobs,
             spares: Spares::default(),
             relay: Relay::new(relayed),
@@ -377,7 +377,7 @@ impl Session {
             return;
         }
         let is_ours = |mark: &str| mark.parse().is_ok_and(|id: TaskId| self.tasks.contains_key(&id));
-        for described in self.around.processes.end_marked(&is_ours) {
+        for described in self.around.host.processes.end_marked(&is_ours) {
             warn!(pid = described.pid, command = %described.command, "a process had left its task's containment");
         }
     }

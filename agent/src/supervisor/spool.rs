@@ -19,6 +19,7 @@ use std::{
     io::{self, IoSlice},
     os::unix::fs::OpenOptionsExt as _,
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
 use millstream_common::{
@@ -29,6 +30,7 @@ use millstream_common::{
 };
 use sha2::{Digest as _, Sha256};
 
+use super::disk::{Disk, HostDisk};
 use lines::LineTail;
 use record::{HEADER, RECORD_HEADER_BYTES, RecordHeader, length_u64};
 pub use record::{RECORD_BYTES_MAX, SpoolDamage, SpoolReader};
@@ -51,7 +53,8 @@ impl Default for Quota {
     }
 }
 
-fn create(path: &Path) -> io::Result<File> {
+fn create(disk: &dyn Disk, path: &Path) -> io::Result<File> {
+    disk.admit(path, HEADER.len())?;
     let file =
         OpenOptions::new().read(true).write(true).create(true).truncate(true).mode(0o600).open(path)?;
     write_all_at(&file, &[&HEADER], 0)?;
@@ -113,6 +116,7 @@ struct Tail {
 /// Dropping it leaves the files as they are: what was announced stays readable.
 #[derive(Debug)]
 pub struct SpoolWriter {
+    disk: Arc<dyn Disk>,
     path: PathBuf,
     file: File,
     position: u64,
@@ -145,9 +149,17 @@ impl SpoolWriter {
     /// # Errors
     /// When the file cannot be created or its header cannot be written.
     pub fn create(path: impl Into<PathBuf>, quota: Quota) -> io::Result<Self> {
-        let path = path.into();
-        let file = create(&path)?;
+        Self::create_on(Arc::new(HostDisk), path.into(), quota)
+    }
+
+    /// The same on a disk that is handed in.
+    ///
+    /// # Errors
+    /// As [`SpoolWriter::create`].
+    pub fn create_on(disk: Arc<dyn Disk>, path: PathBuf, quota: Quota) -> io::Result<Self> {
+        let file = create(&*disk, &path)?;
         Ok(Self {
+            disk,
             path,
             file,
             position: length_u64(HEADER.len()),
@@ -320,6 +332,7 @@ impl SpoolWriter {
 
     fn write_record(&mut self, header: &RecordHeader, data: &[u8]) -> io::Result<()> {
         // Written at a position rather than behind what is there: after an error the next record overwrites the torn one.
+        self.disk.admit(&self.path, RECORD_HEADER_BYTES + data.len())?;
         write_all_at(&self.file, &[&header.encode(data), data], self.position)?;
         self.position += length_u64(RECORD_HEADER_BYTES + data.len());
         Ok(())
@@ -341,7 +354,8 @@ impl SpoolWriter {
         let cut = if is_mark { 0 } else { piece.len().saturating_sub(tail_bytes) };
         let (mut offset, mut piece) = (offset + length_u64(cut), &piece[cut..]);
         if self.tail.is_none() {
-            self.tail = Some(Tail { older: None, newer: Segment::create(tail_path(&self.path, 0))? });
+            self.tail =
+                Some(Tail { older: None, newer: Segment::create(&*self.disk, tail_path(&self.path, 0))? });
         }
         let tail = self.tail.as_mut().expect("created above");
         while !piece.is_empty() {
@@ -349,7 +363,7 @@ impl SpoolWriter {
             if room == 0 && !is_mark {
                 let first = tail_path(&self.path, 0);
                 let path = if tail.newer.path == first { tail_path(&self.path, 1) } else { first };
-                let next = Segment::create(path)?;
+                let next = Segment::create(&*self.disk, path)?;
                 let full = std::mem::replace(&mut tail.newer, next);
                 if let Some(oldest) = tail.older.replace(full) {
                     self.lost_marks.extend(oldest.marks);
@@ -362,6 +376,7 @@ impl SpoolWriter {
                 usize::try_from(room).unwrap_or(usize::MAX).min(piece.len())
             };
             let (now, rest) = piece.split_at(take);
+            self.disk.admit(&tail.newer.path, RECORD_HEADER_BYTES + now.len())?;
             tail.newer.write(channel, offset, time_ns, now)?;
             offset += length_u64(take);
             piece = rest;
@@ -410,8 +425,8 @@ fn tail_path(path: &Path, number: u8) -> PathBuf {
 }
 
 impl Segment {
-    fn create(path: PathBuf) -> io::Result<Self> {
-        let file = create(&path)?;
+    fn create(disk: &dyn Disk, path: PathBuf) -> io::Result<Self> {
+        let file = create(disk, &path)?;
         Ok(Self { path, file, position: length_u64(HEADER.len()), data_bytes: 0, marks: Vec::new() })
     }
 

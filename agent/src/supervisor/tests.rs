@@ -338,8 +338,8 @@ async fn a_lost_task_is_not_begun_again() {
     assert!((&mut fixture.running).await.unwrap_err().is_cancelled());
     let (doors, came) = mpsc::channel(DOORS_COUNT_MAX);
     fixture.doors = doors;
-    let processes = host_processes(&fixture.config).unwrap();
-    fixture.running = tokio::spawn(run(fixture.config.clone(), fixture.world.clone(), processes, came));
+    let host = real_host(&fixture.config).unwrap();
+    fixture.running = tokio::spawn(run(fixture.config.clone(), fixture.world.clone(), host, came));
     fixture.new_door().await;
     let end = fixture.end_of(task).await;
     assert_eq!((end.outcome, end.reason), (OutcomeKind::Lost, Reason::SupervisorDied));

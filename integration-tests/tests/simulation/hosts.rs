@@ -4,8 +4,12 @@
 //! network; between a door and its supervisors lie real sockets and files, as on a host.
 
 use std::{
+    io,
     path::{Path, PathBuf},
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -16,7 +20,10 @@ use millstream::{
 use millstream_agent::{
     door::{Connection, Door, DoorConfig, StartSupervisor, Starting, Supervisors, identity::Caller},
     entry::Relaunch,
-    supervisor,
+    supervisor::{
+        self,
+        disk::{Disk, Host},
+    },
 };
 use millstream_common::clock::World;
 use tokio::{
@@ -45,6 +52,18 @@ pub(crate) struct Found {
     pub(crate) left_behind: Option<String>,
 }
 
+/// A disk that may be full.
+#[derive(Debug, Default)]
+pub(crate) struct SmallDisk {
+    pub(crate) full: AtomicBool,
+}
+
+impl Disk for SmallDisk {
+    fn admit(&self, _file: &Path, _bytes: usize) -> io::Result<()> {
+        if self.full.load(Ordering::Relaxed) { Err(io::ErrorKind::StorageFull.into()) } else { Ok(()) }
+    }
+}
+
 /// One host with an agent: the door, and beside it the supervisors, which go on when the door is killed.
 #[derive(Debug, Clone)]
 pub(crate) struct Agent {
@@ -53,6 +72,7 @@ pub(crate) struct Agent {
     pub(crate) world: World,
     pub(crate) ledger: Ledger,
     pub(crate) told_later: bool,
+    pub(crate) disk: Arc<SmallDisk>,
     /// Cuts every connection when it changes.
     pub(crate) cuts: watch::Sender<u32>,
 }
@@ -85,11 +105,12 @@ impl Agent {
     async fn supervise(self, order: StartOrder) {
         let StartOrder { directory, listening } = order;
         let processes = scripts(&self.ledger, &self.world, self.told_later);
+        let host = Host { processes, disk: self.disk };
         let begun = move || {
             // A door that was killed meanwhile finds it by its socket.
             let _gone = listening.send(());
         };
-        let ended = supervisor::attend(&directory, self.world, |_| Ok(processes), begun).await;
+        let ended = supervisor::attend(&directory, self.world, |_| Ok(host), begun).await;
         ended.expect("a supervisor ends well");
     }
 

@@ -68,6 +68,8 @@ pub(crate) enum FaultKind {
     Cut,
     /// The agent's door is killed, and started again at the end.
     Crash,
+    /// Nothing of tasks can be written on the host.
+    Full,
 }
 
 impl Plan {
@@ -79,9 +81,14 @@ impl Plan {
         // A short lease makes it likely that a fault outlasts it.
         let lease = if dice.percent(25) { dice.millis(1_000..=4_000) } else { Duration::from_secs(30) };
         let orders = orders(&mut dice, streams.len());
-        let faults = (0..dice.among(0..=4)).map(|_| fault(&mut dice, hosts)).collect();
+        let mut faults: Vec<Fault> = (0..dice.among(0..=4)).map(|_| fault(&mut dice, hosts)).collect();
         let latency = dice.millis(2..=60);
-        Self { hosts, streams, lease, orders, faults, told_later: dice.percent(30), latency }
+        let told_later = dice.percent(30);
+        // Rolled last: whatever is added goes here, so that seeds which once found something stay what they were.
+        if dice.percent(20) {
+            faults.push(Fault { kind: FaultKind::Full, ..fault(&mut dice, hosts) });
+        }
+        Self { hosts, streams, lease, orders, faults, told_later, latency }
     }
 
     /// Whether a session may have been lost: a fault can outlast what a controller believes of its lease.
@@ -89,6 +96,11 @@ impl Plan {
         // Silent connections are noticed late, and coming back takes some attempts.
         let slack = Duration::from_secs(14);
         self.faults.iter().any(|fault| fault.lasts + slack >= self.lease)
+    }
+
+    /// Whether a disk is full for a while.
+    pub(crate) fn may_fill_disks(&self) -> bool {
+        self.faults.iter().any(|fault| fault.kind == FaultKind::Full)
     }
 }
 

@@ -1,7 +1,7 @@
 //! One simulation from its seed to the complaints about it.
 
 use std::{
-    sync::{Arc, Mutex},
+    sync::{Arc, Mutex, atomic::Ordering},
     time::Duration,
 };
 
@@ -49,6 +49,7 @@ pub(crate) fn run(seed: u64) -> Vec<String> {
             world: world.clone(),
             ledger: ledger.clone(),
             told_later: plan.told_later,
+            disk: Arc::default(),
             cuts: watch::Sender::new(0),
         })
         .collect();
@@ -111,6 +112,7 @@ impl Running {
                 FaultKind::Hold => sim.hold(CONTROLLER, door.as_str()),
                 FaultKind::Cut => agent.cuts.send_modify(|count| *count += 1),
                 FaultKind::Crash => sim.crash(door.as_str()),
+                FaultKind::Full => agent.disk.full.store(true, Ordering::Relaxed),
             }
             return false;
         }
@@ -123,6 +125,7 @@ impl Running {
                 FaultKind::Hold => sim.release(CONTROLLER, door.as_str()),
                 FaultKind::Cut => {}
                 FaultKind::Crash => sim.bounce(door.as_str()),
+                FaultKind::Full => agent.disk.full.store(false, Ordering::Relaxed),
             }
         }
         over

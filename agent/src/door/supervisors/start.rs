@@ -166,8 +166,8 @@ impl Starter {
         tokio::spawn(async move {
             let _kept = doors;
             let supervising = async {
-                let processes = supervisor::host_processes(&configuration)?;
-                supervisor::run(configuration, world, processes, incoming).await
+                let host = supervisor::real_host(&configuration)?;
+                supervisor::run(configuration, world, host, incoming).await
             };
             if let Err(error) = supervising.await {
                 error!(%error, "a supervisor inside this process failed");

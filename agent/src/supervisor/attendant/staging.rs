@@ -2,7 +2,7 @@
 //!
 //! Everything that can be refused is refused here, in one sentence. No process of the block exists yet.
 
-use std::{collections::BTreeMap, io, path::Path};
+use std::{collections::BTreeMap, io, path::Path, sync::Arc};
 
 use millstream_common::{
     outcome::Reason,
@@ -36,13 +36,14 @@ impl Attendant {
             detail: format!("failed to {what}: {error}"),
         };
         let quota = Quota { head_bytes: self.spec.log_head_bytes, tail_bytes: self.spec.log_tail_bytes };
-        let spool = SpoolWriter::create(self.directory.join("spool"), quota)
-            .map_err(|error| exhausted("make the log of the task", &error))?;
+        let spool =
+            SpoolWriter::create_on(Arc::clone(&self.around.host.disk), self.directory.join("spool"), quota)
+                .map_err(|error| exhausted("make the log of the task", &error))?;
         *locked(&self.spool) = Some(spool);
         let with_reports = self.spec.phases.iter().any(|phase| phase.reports_phases);
         let (outputs, ends) =
             Outputs::new(with_reports).map_err(|error| exhausted("make the output pipes", &error))?;
-        let tree = self.around.processes.tree(self.task, &self.spec.limits, ends)?;
+        let tree = self.around.host.processes.tree(self.task, &self.spec.limits, ends)?;
         let socket = socket_path(&self.around.session_dir, self.task);
         let opened = self.around.relay.open(self.task, &socket, owner.map(|owner| (owner.uid, owner.gid)));
         let has_socket = match opened {

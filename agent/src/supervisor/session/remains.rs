@@ -57,7 +57,7 @@ impl Session {
                 let detail = format!("the supervisor of the session died {when}");
                 let end = v1::TaskEnd::from(&TaskEnd::never_begun(outcome, Reason::SupervisorDied, detail));
                 warn!(task_id = %id, %outcome, "an earlier task has no record");
-                if let Err(error) = write_record(&directory, &end) {
+                if let Err(error) = write_record(&*self.around.host.disk, &directory, &end) {
                     warn!(task_id = %id, %error, "terminal record not written");
                 }
                 end

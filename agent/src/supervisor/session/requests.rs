@@ -144,6 +144,7 @@ impl Session {
             _ => {}
         }
         let path = directory.join(SPEC_FILE);
+        self.around.host.disk.admit(&path, encoded.len())?;
         let mut file =
             fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(path)?;
         io::Write::write_all(&mut file, encoded)

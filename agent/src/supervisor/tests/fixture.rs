@@ -85,8 +85,7 @@ impl Fixture {
         let (doors, came) = mpsc::channel(DOORS_COUNT_MAX);
         let (ours, theirs) = UnixStream::pair().unwrap();
         doors.send(theirs).await.unwrap();
-        let running =
-            tokio::spawn(run(config.clone(), world.clone(), host_processes(&config).unwrap(), came));
+        let running = tokio::spawn(run(config.clone(), world.clone(), real_host(&config).unwrap(), came));
         let (reader, writer) = ours.into_split();
         let mut fixture = Self {
             world,
