@@ -17,6 +17,7 @@ fn every_example_runs_on_this_machine() {
             example(name).arg("--results").arg(directory.path()).args(more).current_dir(directory.path()),
         )
     };
+    run("hello", &[]);
     let told = run("netperf", &["--seconds", "1"]);
     assert!(told.contains("client | connected to") && told.contains("Gbit/s"), "{told}");
     let told = run("ping_all", &[]);
