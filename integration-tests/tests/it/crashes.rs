@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use millstream::Result;
+use millstream::{Ready, Result, shell};
 use millstream_integration_tests::{lab::Lab, processes, tools, wait::wait_until_true};
 
 use crate::support::{SOON, Ticker, open};
@@ -135,13 +135,13 @@ fn a_supervisor_ends_its_tree_by_itself_when_agent_and_controller_are_gone() {
 fn an_agent_that_comes_back_removes_the_control_groups_of_the_killed() {
     let lab = Lab::new(&["one"]);
     let mut agent = lab.start_agent("one");
-    let ticker = Ticker::new(&lab.directory().join("ticker"));
     let (variable, session) = lab
         .controller()
         .block_on(|| async {
             let streams = open(&lab, "groups-left")?;
-            let task = streams.get("one")?.run_bg(ticker.block());
-            ticker.wait_for_more(2);
+            // It prints nothing more: nobody will read it, and that would end it.
+            let task = streams.get("one")?.run_bg(shell("echo up\nexec sleep 54321098"));
+            task.ready(Ready::log("up")).await?;
             let variable = format!("MILLSTREAM_TASK={}", task.id());
             let session =
                 control_group_of(processes::with_variable(&variable)[0]).parent().unwrap().to_owned();
