@@ -2,7 +2,8 @@
 //! definitions or a fault with its place go out; nothing is dialled, looked up or read here.
 //!
 //! A definition says the type of a place, its address, what else the type wants to know, and what holds for every block
-//! that runs there. Types that users register are known by name alone: what they take is checked by themselves.
+//! that runs there. Types that are not built in are words alone: whether there is one, and what it takes, is found when
+//! the stream is first used.
 
 use std::{collections::BTreeMap, fmt, sync::Arc, time::Duration};
 
@@ -10,14 +11,19 @@ use indexmap::IndexMap;
 use millstream_common::{
     id::{NameError, StreamName},
     spec::{FailurePolicy, ResourceLimits},
-    text,
 };
 
-use crate::params::{HIDDEN, Node, Origin, Params, Reference, Value};
+use crate::{
+    params::{HIDDEN, Node, Origin, Params, Reference, Value},
+    reach::Reach,
+};
 
 mod keys;
 mod place;
 mod url;
+mod words;
+
+pub use words::Definition;
 
 /// Path under which streams are defined unless a test names another.
 pub const DEFAULT_PATH: &str = "/streams/*";
@@ -42,11 +48,11 @@ pub struct Defaults {
 }
 
 /// Where one stream runs.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Definition {
+#[derive(Clone)]
+pub(crate) struct Defined {
     /// Name of the stream.
     pub(crate) name: StreamName,
-    /// The type of the place: `local`, `tls`, `unix`, or one that was registered.
+    /// The type of the place: `local`, `tls`, `unix`, or another word.
     pub(crate) kind: String,
     /// What stands behind `://`, or the key `host` (`path` for `unix`); empty when nothing does.
     pub(crate) address: String,
@@ -58,6 +64,14 @@ pub(crate) struct Definition {
     pub(crate) defaults: Defaults,
     /// Where the definition was written.
     pub(crate) origin: Origin,
+    /// The reach itself, when code gave it instead of a type.
+    pub(crate) reach: Option<Arc<dyn Reach>>,
+}
+
+impl fmt::Debug for Defined {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} = {self} {:?}", self.name, self.defaults)
+    }
 }
 
 /// What a type of places wants to know.
@@ -103,7 +117,7 @@ fn sounds_secret(key: &str) -> bool {
     ["password", "passphrase", "secret", "token"].iter().any(|word| key.contains(word))
 }
 
-impl Definition {
+impl Defined {
     /// A stream on this machine.
     #[must_use]
     pub(crate) fn local(name: StreamName, origin: Origin) -> Self {
@@ -115,13 +129,17 @@ impl Definition {
             exclusive: false,
             defaults: Defaults::default(),
             origin,
+            reach: None,
         }
     }
 }
 
-impl fmt::Display for Definition {
+impl fmt::Display for Defined {
     /// The place as one line. Secrets are left out.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Some(reach) = &self.reach {
+            return f.write_str(&reach.describe());
+        }
         f.write_str(&self.kind)?;
         if !self.address.is_empty() {
             write!(f, "://{}", self.address)?;
@@ -132,25 +150,6 @@ impl fmt::Display for Definition {
             separator = '&';
         }
         Ok(())
-    }
-}
-
-/// Types of places that may be named.
-#[derive(Debug, Clone, Default)]
-pub struct Kinds {
-    /// Names that were registered, beside the ones that are built in.
-    pub registered: Vec<String>,
-}
-
-impl Kinds {
-    fn names(&self) -> Vec<&str> {
-        let built_in = keys::BUILT_IN.iter().map(|kind| kind.name);
-        built_in.chain(self.registered.iter().map(String::as_str)).collect()
-    }
-
-    /// The keys that a type takes; none when only the type itself knows them.
-    fn keys(&self, kind: &str) -> Option<&'static [&'static str]> {
-        keys::BUILT_IN.iter().find(|built_in| built_in.name == kind).map(|built_in| built_in.keys)
     }
 }
 
@@ -206,24 +205,10 @@ pub enum DefinitionFault {
         name: String,
     },
     /// It has no type.
-    #[error("stream `{name}` does not say its type: add `type` with one of {known}")]
+    #[error("stream `{name}` does not say its type: add `type`, as in `type: tls`")]
     NoType {
         /// The stream.
         name: String,
-        /// The types.
-        known: String,
-    },
-    /// Nobody knows the type.
-    #[error("stream `{name}` has the unknown type `{}`: {}", kind.escape_debug(), hint(near.as_deref(), known))]
-    UnknownType {
-        /// The stream.
-        name: String,
-        /// The type.
-        kind: String,
-        /// The nearest type.
-        near: Option<String>,
-        /// All types.
-        known: String,
     },
     /// Nobody knows the key.
     #[error("stream `{name}` has the unknown key `{}`: {}", key.escape_debug(), hint(near.as_deref(), known))]
@@ -236,6 +221,14 @@ pub enum DefinitionFault {
         near: Option<String>,
         /// All keys that the stream's type takes.
         known: String,
+    },
+    /// Code gives a key twice.
+    #[error("stream `{name}` is given the key `{key}` twice: remove one")]
+    Repeated {
+        /// The stream.
+        name: String,
+        /// The key.
+        key: String,
     },
     /// A key stands beside another word for it.
     #[error("stream `{name}` has `{meant}` and `{key}`, which mean the same: remove `{key}`")]
@@ -316,11 +309,7 @@ impl DefinitionFault {
 ///
 /// # Errors
 /// When one of them is not valid, or when nothing is there though the path is not the default one.
-pub(crate) fn from_params(
-    params: &Params,
-    path: &str,
-    kinds: &Kinds,
-) -> Result<Vec<Definition>, DefineStreamError> {
+pub(crate) fn from_params(params: &Params, path: &str) -> Result<Vec<Defined>, DefineStreamError> {
     let parents = params.parents(path);
     let parent = match parents[..] {
         [parent] => parent,
@@ -335,13 +324,13 @@ pub(crate) fn from_params(
     match &parent.value {
         Value::Map(entries) => {
             for (name, entry) in entries {
-                definitions.add(define(name, &entry.key, &entry.node, kinds)?)?;
+                definitions.add(define(name, &entry.key, &entry.node)?)?;
             }
         }
         Value::List(nodes) => {
             for (index, node) in nodes.iter().enumerate() {
                 let (name, origin, node) = list_item(index, node);
-                definitions.add(define(&name, origin, node, kinds)?)?;
+                definitions.add(define(&name, origin, node)?)?;
             }
         }
         Value::Null => {}
@@ -364,29 +353,20 @@ fn list_item(index: usize, node: &Node) -> (String, &Origin, &Node) {
     (index.to_string(), &node.origin, node)
 }
 
-/// One stream as code defines it: a name, and a URL or a type alone.
+/// One stream as a variable defines it: a name, and a URL or a type alone.
 ///
 /// # Errors
 /// When the name or the URL is refused.
-pub(crate) fn from_url(
-    name: &str,
-    url: &str,
-    origin: Origin,
-    kinds: &Kinds,
-) -> Result<Definition, DefineStreamError> {
+fn from_url(name: &str, url: &str, origin: Origin) -> Result<Defined, DefineStreamError> {
     let name = StreamName::new(name).map_err(|error| DefinitionFault::Name(error).at(&origin))?;
-    url::define(name, url, &origin, kinds)
+    url::define(name, url, &origin)
 }
 
 /// Several streams in one text: `server=tls://foo:7433,client=local`.
 ///
 /// # Errors
 /// When one of them is refused, or two have one name.
-pub(crate) fn from_inline(
-    text: &str,
-    origin: &Origin,
-    kinds: &Kinds,
-) -> Result<Vec<Definition>, DefineStreamError> {
+pub(crate) fn from_inline(text: &str, origin: &Origin) -> Result<Vec<Defined>, DefineStreamError> {
     let mut items: Vec<String> = Vec::new();
     for part in text.split(',') {
         // A comma may also stand in a URL: only what looks like the beginning of a definition is one.
@@ -404,7 +384,7 @@ pub(crate) fn from_inline(
         let Some((name, url)) = item.split_once('=') else {
             return Err(DefinitionFault::Inline { item: url::masked(item) }.at(origin));
         };
-        definitions.add(from_url(name.trim(), url.trim(), origin.clone(), kinds)?)?;
+        definitions.add(from_url(name.trim(), url.trim(), origin.clone())?)?;
     }
     Ok(definitions.in_order())
 }
@@ -417,7 +397,7 @@ fn begins_definition(part: &str) -> bool {
 /// Definitions of one source, each name once.
 #[derive(Debug, Default)]
 pub(crate) struct Definitions {
-    by_name: IndexMap<Arc<str>, Definition>,
+    by_name: IndexMap<Arc<str>, Defined>,
 }
 
 impl Definitions {
@@ -425,7 +405,7 @@ impl Definitions {
     ///
     /// # Errors
     /// When there is one of this name.
-    pub(crate) fn add(&mut self, definition: Definition) -> Result<(), DefineStreamError> {
+    pub(crate) fn add(&mut self, definition: Defined) -> Result<(), DefineStreamError> {
         if let Some(first) = self.by_name.get(definition.name.as_str()) {
             let first = first.origin.clone();
             let origin = definition.origin.clone();
@@ -436,45 +416,35 @@ impl Definitions {
     }
 
     /// Adds what a source says that has less of a say: names that are there already stay as they are.
-    pub(crate) fn add_missing(&mut self, definitions: Vec<Definition>) {
+    pub(crate) fn add_missing(&mut self, definitions: Vec<Defined>) {
         for definition in definitions {
             self.by_name.entry(definition.name.as_str().into()).or_insert(definition);
         }
     }
 
     /// In the order in which they were added.
-    pub(crate) fn in_order(self) -> Vec<Definition> {
+    pub(crate) fn in_order(self) -> Vec<Defined> {
         self.by_name.into_values().collect()
     }
 }
 
-fn define(name: &str, origin: &Origin, node: &Node, kinds: &Kinds) -> Result<Definition, DefineStreamError> {
+fn define(name: &str, origin: &Origin, node: &Node) -> Result<Defined, DefineStreamError> {
     let name = StreamName::new(name).map_err(|error| DefinitionFault::Name(error).at(origin))?;
     match &node.value {
         // A name alone asks for the default: this machine.
-        Value::Null => Ok(Definition::local(name, origin.clone())),
+        Value::Null => Ok(Defined::local(name, origin.clone())),
         Value::Scalar { .. } | Value::Reference(_) if node.secret => {
             Err(DefinitionFault::Secret { name: name.to_string() }.at(&node.origin))
         }
         Value::Scalar { text, .. } => {
-            let mut definition = url::define(name, text, &node.origin, kinds)?;
+            let mut definition = url::define(name, text, &node.origin)?;
             definition.origin = origin.clone();
             Ok(definition)
         }
-        Value::Map(entries) => keys::define(name, origin, entries, kinds),
+        Value::Map(entries) => keys::define(name, origin, entries),
         Value::List(_) | Value::Reference(_) => {
             Err(DefinitionFault::NotADefinition { name: name.to_string() }.at(&node.origin))
         }
-    }
-}
-
-fn unknown_type(name: &StreamName, kind: &str, kinds: &Kinds) -> DefinitionFault {
-    let known = kinds.names();
-    DefinitionFault::UnknownType {
-        name: name.to_string(),
-        kind: kind.chars().take(64).collect(),
-        near: text::nearest(kind, known.iter().copied()).map(str::to_owned),
-        known: listed(known.iter().copied()),
     }
 }
 

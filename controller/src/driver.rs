@@ -209,6 +209,7 @@ impl Driver {
             }
         }
         self.setup.gate.close().await;
+        self.release_unused().await;
         self.end()
     }
 
@@ -250,7 +251,7 @@ impl Driver {
         if !self.streams.contains_key(&index) {
             let link = self.link_of(&stream);
             self.links[link].streams.push(index);
-            let drains = stream.defaults.on_failure == FailurePolicy::Drain;
+            let drains = stream.defaults().on_failure == FailurePolicy::Drain;
             let new = if drains { Queue::draining } else { Queue::new };
             let queue = new(limits::STREAM_WINDOW_COUNT);
             self.streams.insert(
@@ -293,16 +294,16 @@ impl Driver {
 
     /// The link to the place of a stream: streams with one destination share one.
     fn link_of(&mut self, stream: &StreamShared) -> usize {
-        let place = stream.reach.describe();
+        let place = stream.reach().describe();
         if let Some(index) = self.links.iter().position(|link| link.place == place) {
             return index;
         }
         let index = self.links.len();
         let inbox = Arc::clone(&self.setup.inbox);
-        let there = |other: &Arc<StreamShared>| other.exclusive && other.reach.describe() == place;
-        let exclusive = stream.exclusive || self.setup.shared.streams().iter().any(there);
+        let there = |other: &Arc<StreamShared>| other.exclusive() && other.reach().describe() == place;
+        let exclusive = stream.exclusive() || self.setup.shared.streams().iter().any(there);
         let link = Link::start(
-            Arc::clone(&stream.reach),
+            Arc::clone(stream.reach()),
             self.setup.world.clone(),
             LinkOptions { exclusive, ..self.setup.link.clone() },
             self.setup.sync.clone(),

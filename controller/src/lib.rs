@@ -74,7 +74,7 @@ pub use block::{
     script, shell,
 };
 pub use context::{BlockContext, ContextError};
-pub use definition::{DefineStreamError, DefinitionFault};
+pub use definition::{DefineStreamError, Definition, DefinitionFault};
 pub use entry::{EntryError, enter};
 pub use error::{Error, Result, UnexpectedEnd};
 pub use millstream_common::{

@@ -100,8 +100,8 @@ impl Gate {
         let Some(stream) = streams.iter().find(|stream| stream.name.as_str() == name) else {
             return Err(Status::not_found(format!("the test has no stream `{}`", name.escape_debug())));
         };
-        let place = stream.reach.describe();
-        let reserved = streams.iter().any(|other| other.exclusive && other.reach.describe() == place);
+        let place = stream.reach().describe();
+        let reserved = streams.iter().any(|other| other.exclusive() && other.reach().describe() == place);
         if reserved {
             return Err(Status::failed_precondition(format!(
                 "waiting for stream `{name}` inside a block would be a circle: the block would wait for {place}, which the \
@@ -113,20 +113,20 @@ impl Gate {
         if inner.closed {
             return Err(Status::unavailable("the streams of the test are closed"));
         }
-        inner.dialled.insert(place, Arc::clone(&stream.reach));
-        Ok(Arc::clone(&stream.reach))
+        inner.dialled.insert(place, Arc::clone(stream.reach()));
+        Ok(Arc::clone(stream.reach()))
     }
 }
 
 /// A stream as a block has it that may run streams, and runs on this machine itself or not.
 fn described(stream: &StreamShared, is_local: bool) -> v1::NestedStream {
-    let defaults = &stream.defaults;
+    let defaults = stream.defaults();
     v1::NestedStream {
         name: stream.name.to_string(),
-        definition: stream.definition.clone(),
-        place: stream.reach.describe(),
-        host: stream.host.clone(),
-        survives_disconnect: stream.reach.survives_disconnect(),
+        definition: stream.definition(),
+        place: stream.reach().describe(),
+        host: stream.host().to_owned(),
+        survives_disconnect: stream.reach().survives_disconnect(),
         environment: defaults
             .env
             .iter()
@@ -146,6 +146,6 @@ fn described(stream: &StreamShared, is_local: bool) -> v1::NestedStream {
             FailurePolicy::Drain => v1::FailurePolicy::Drain,
         }
         .into(),
-        same_host: is_local && stream.is_local,
+        same_host: is_local && stream.is_local(),
     }
 }

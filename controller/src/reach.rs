@@ -18,6 +18,7 @@ use millstream_common::{pipe::BoxedPipe, text, tls};
 use crate::params::{HIDDEN, ReferenceError};
 
 pub mod local;
+pub(crate) mod nowhere;
 pub mod tcp;
 pub mod unix;
 
@@ -172,6 +173,12 @@ pub enum DialError {
         /// Which file, why, and what to do.
         reason: String,
     },
+    /// The stream's definition leads nowhere.
+    #[error("{reason}")]
+    Nowhere {
+        /// Which stream, where it is defined, and why.
+        reason: String,
+    },
     /// No agent could be started on this machine.
     #[error(
         "no agent can be started for local streams: this program does not call `millstream::entry!();` and \
@@ -196,6 +203,7 @@ impl DialError {
             Self::Connect { .. } | Self::Resolve { .. } => false,
             Self::Refused { .. }
             | Self::Credentials { .. }
+            | Self::Nowhere { .. }
             | Self::NoLocalAgent
             | Self::LocalAgent { .. } => true,
         }
@@ -220,16 +228,12 @@ pub fn register(
     REGISTERED.write().unwrap_or_else(PoisonError::into_inner).insert(kind.into(), Arc::new(factory));
 }
 
-/// Types that users have registered.
-pub(crate) fn registered() -> Vec<String> {
-    let registered = REGISTERED.read().unwrap_or_else(PoisonError::into_inner);
-    registered.keys().filter(|kind| !BUILT_IN.contains(&kind.as_str())).cloned().collect()
-}
-
 /// Every type that a definition may name.
 #[must_use]
 pub fn kinds() -> Vec<String> {
-    BUILT_IN.iter().map(|kind| (*kind).to_owned()).chain(registered()).collect()
+    let registered = REGISTERED.read().unwrap_or_else(PoisonError::into_inner);
+    let more = registered.keys().filter(|kind| !BUILT_IN.contains(&kind.as_str()));
+    BUILT_IN.iter().map(|kind| (*kind).to_owned()).chain(more.cloned()).collect()
 }
 
 /// What a reach of a built-in type needs to know of the test it serves.

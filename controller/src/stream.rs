@@ -26,7 +26,7 @@ impl fmt::Debug for Stream {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Stream")
             .field("name", &self.shared.name)
-            .field("place", &self.shared.reach.describe())
+            .field("place", &self.shared.reach().describe())
             .finish_non_exhaustive()
     }
 }
@@ -48,7 +48,7 @@ impl Stream {
     /// this machine.
     #[must_use]
     pub fn host(&self) -> &str {
-        &self.shared.host
+        self.shared.host()
     }
 
     /// Schedules a block behind the others and returns at once. This never fails: a block that cannot be run ends with

@@ -21,20 +21,21 @@ use tracing::warn;
 
 mod builder;
 mod errors;
+mod place;
 mod shared;
 
 pub use builder::StreamsBuilder;
 pub use errors::{CloseError, MeetError, OpenError, StreamError};
-pub(crate) use shared::{Core, StreamShared, TestShared};
+pub(crate) use place::StreamShared;
+pub(crate) use shared::{Core, TestShared};
 
 use crate::{
     block::Block,
     blocking::block_on_for,
-    definition::{self, Kinds},
+    definition::Definition,
     driver::Input,
     outcome::{FailureReport, Outcome, Report},
-    params::{Origin, Params},
-    reach,
+    params::Params,
     results::WriteResultsError,
     stream::{Stream, StreamGroup},
     sync::{
@@ -120,37 +121,57 @@ impl Streams {
         &self.core.params
     }
 
-    /// The stream of a name or at an index. One that nobody defined is defined now, on this machine, and so are those
-    /// before its index; in strict mode that is an error.
+    /// The stream of a name or at an index, from 0. One that nobody defined is defined now, on this machine, and so are
+    /// those before its index; in strict mode that is an error.
     ///
     /// # Errors
-    /// When there is none.
+    /// When there is none, or its place cannot be had.
     pub fn get(&self, key: impl StreamKey) -> Result<Stream, StreamError> {
         let shared = match key.key() {
             sealed::Key::Name(name) => self.core.named(name),
             sealed::Key::Index(index) => self.core.at(index),
-        };
-        shared.map(|shared| self.stream(shared))
+        }?;
+        shared.locate()?;
+        Ok(self.stream(shared))
     }
 
-    /// Defines another stream, such as `tls://foo.example.com:7433`.
+    /// The stream of a name or at an index, if it is defined and its place can be had. Defines nothing, so that a test can
+    /// look for a stream and do something else when the lab has none.
     ///
     /// # Errors
-    /// When the name is taken, or name or URL are not valid.
-    pub fn add(&self, name: impl AsRef<str>, url: impl AsRef<str>) -> Result<Stream, StreamError> {
-        let kinds = Kinds { registered: reach::registered() };
-        let definition =
-            definition::from_url(name.as_ref(), url.as_ref(), Origin::named("the test"), &kinds)?;
-        self.core.define(definition).map(|shared| self.stream(shared))
+    /// [`StreamError::Unknown`] or [`StreamError::NoIndex`] when nobody defined it, [`StreamError::Place`] when its type is
+    /// unknown, or what it needs is not there.
+    pub fn try_get(&self, key: impl StreamKey) -> Result<Stream, StreamError> {
+        let shared = match key.key() {
+            sealed::Key::Name(name) => self.core.defined(name),
+            sealed::Key::Index(index) => self.core.defined_at(index),
+        }?;
+        shared.locate()?;
+        Ok(self.stream(shared))
     }
 
-    /// Every defined stream, in order.
+    /// Defines another stream, by a URL such as `tls://foo.example.com:7433`, a [`Definition`], or a reach that was made by
+    /// hand. It is tidied with all others.
+    ///
+    /// # Errors
+    /// When the name is taken, name or definition are not valid, or the place cannot be had. Nothing is defined then.
+    pub fn add(
+        &self,
+        name: impl AsRef<str>,
+        definition: impl Into<Definition>,
+    ) -> Result<Stream, StreamError> {
+        let defined = definition.into().named(name.as_ref())?;
+        self.core.define(defined).map(|shared| self.stream(shared))
+    }
+
+    /// Every defined stream, in order. Whether each can be had is found when a block is run there.
     #[must_use]
     pub fn all(&self) -> StreamGroup {
         StreamGroup::new(self.core.shared.streams().into_iter().map(|shared| self.stream(shared)).collect())
     }
 
-    /// The streams whose whole name matches a regular expression, such as `client-\d+`.
+    /// The streams whose whole name matches a regular expression, such as `client-\d+`: a part of the name is not enough.
+    /// The group is empty when none does.
     ///
     /// # Errors
     /// When it is none.
@@ -163,10 +184,11 @@ impl Streams {
         Ok(StreamGroup::new(streams.collect()))
     }
 
-    /// The streams at a range of indexes. Those that nobody defined are defined as by [`Streams::get`].
+    /// The streams at a range of indexes, such as `1..` or `2..=4`. Those that nobody defined are defined as by
+    /// [`Streams::get`], gaps included. A range that is empty gives an empty group.
     ///
     /// # Errors
-    /// When one of them does not exist and the test is strict.
+    /// When one of them does not exist and the test is strict, or when there would be too many. Nothing is defined then.
     pub fn slice(&self, range: impl RangeBounds<usize>) -> Result<StreamGroup, StreamError> {
         let begin = match range.start_bound() {
             Bound::Included(&begin) => begin,
@@ -178,7 +200,8 @@ impl Streams {
             Bound::Excluded(&end) => end,
             Bound::Unbounded => self.len(),
         };
-        (begin..end).map(|index| self.get(index)).collect::<Result<_, _>>().map(StreamGroup::new)
+        let streams = self.core.range(begin, end)?;
+        Ok(StreamGroup::new(streams.into_iter().map(|shared| self.stream(shared)).collect()))
     }
 
     /// Number of defined streams.

@@ -18,8 +18,8 @@ pub(crate) fn describe(
     for stream in streams {
         let entry = json!({
             "index": stream.index,
-            "host": stream.host,
-            "place": stream.reach.describe(),
+            "host": stream.host(),
+            "place": stream.reach().describe(),
             "addresses": addresses(stream).unwrap_or_default(),
         });
         described.insert(stream.name.to_string(), entry);

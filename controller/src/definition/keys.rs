@@ -10,10 +10,7 @@ use millstream_common::{
     text,
 };
 
-use super::{
-    Defaults, DefineStreamError, Definition, DefinitionFault, Held, Kinds, Setting, listed, sounds_secret,
-    unknown_type,
-};
+use super::{Defaults, DefineStreamError, Defined, DefinitionFault, Held, Setting, listed, sounds_secret};
 use crate::params::{Entry, HIDDEN, Node, Origin, Value};
 
 /// A type that is always there.
@@ -49,50 +46,67 @@ pub(super) fn meant(word: &str) -> &str {
 pub(super) const COMMON: [&str; 9] =
     ["type", "env", "cwd", "user", "timeout", "wrap", "limits", "on_failure", "exclusive"];
 
+/// The keys that a type takes; none when only the type itself knows them.
+pub(super) fn own(kind: &str) -> Option<&'static [&'static str]> {
+    BUILT_IN.iter().find(|built_in| built_in.name == kind).map(|built_in| built_in.keys)
+}
+
 /// A definition as a mapping.
 pub(super) fn define(
     name: StreamName,
     origin: &Origin,
     entries: &IndexMap<String, Entry>,
-    kinds: &Kinds,
-) -> Result<Definition, DefineStreamError> {
+) -> Result<Defined, DefineStreamError> {
     let reader = Reader { name: &name };
-    let Some(kind) = entries.get("type") else {
-        let known = listed(kinds.names());
-        return Err(DefinitionFault::NoType { name: name.to_string(), known }.at(origin));
-    };
-    let kind_text = reader.text("type", &kind.node)?;
-    if !kinds.names().contains(&kind_text.as_str()) {
-        return Err(unknown_type(&name, &kind_text, kinds).at(&kind.node.origin));
+    let mut defined = Defined::local(name.clone(), origin.clone());
+    match entries.get("type") {
+        Some(kind) => {
+            defined.kind = reader.text("type", &kind.node)?;
+            if !is_word(&defined.kind) {
+                return Err(reader.refused("type", &kind.node, "write one word, such as `tls`"));
+            }
+        }
+        // What holds everywhere says nothing of a place: it is this machine.
+        None if entries.keys().all(|key| COMMON.contains(&key.as_str())) => {}
+        None => return Err(DefinitionFault::NoType { name: name.to_string() }.at(origin)),
     }
-    let mut definition = Definition::local(name.clone(), origin.clone());
-    definition.kind = kind_text;
-    let own = kinds.keys(&definition.kind);
+    add(&mut defined, entries)?;
+    take_address(&mut defined, origin)?;
+    Ok(defined)
+}
+
+/// Adds keys to a definition whose type is known.
+pub(super) fn add(defined: &mut Defined, entries: &IndexMap<String, Entry>) -> Result<(), DefineStreamError> {
+    let name = defined.name.clone();
+    let reader = Reader { name: &name };
+    let own = own(&defined.kind);
     for (key, entry) in entries {
         let meant = if own.is_some() { meant(key) } else { key };
         let is_own = own.map_or(!COMMON.contains(&meant), |own| own.contains(&meant));
         if is_own {
             if meant != key && entries.contains_key(meant) {
-                return Err(DefinitionFault::Alias {
-                    name: name.to_string(),
-                    key: key.clone(),
-                    meant: meant.to_owned(),
-                }
-                .at(&entry.key));
+                let (name, key, meant) = (name.to_string(), key.clone(), meant.to_owned());
+                return Err(DefinitionFault::Alias { name, key, meant }.at(&entry.key));
             }
-            definition.options.insert(meant.to_owned(), reader.setting(key, &entry.node)?);
+            defined.options.insert(meant.to_owned(), reader.setting(key, &entry.node)?);
         } else if COMMON.contains(&key.as_str()) {
-            reader.common(&mut definition, key, &entry.node)?;
+            reader.common(defined, key, &entry.node)?;
         } else {
             return Err(unknown_key(&name, key, own).at(&entry.key));
         }
     }
-    take_address(&mut definition, origin)?;
-    Ok(definition)
+    Ok(())
+}
+
+/// Whether a text can be the name of a type.
+pub(super) fn is_word(text: &str) -> bool {
+    !text.is_empty()
+        && text.len() <= 64
+        && text.chars().all(|c| c.is_ascii_alphanumeric() || "+.-_".contains(c))
 }
 
 /// What can be told without looking anything up.
-pub(super) fn check_address(definition: &Definition) -> Result<(), &'static str> {
+pub(super) fn check_address(definition: &Defined) -> Result<(), &'static str> {
     let address = definition.address.as_str();
     match definition.kind.as_str() {
         "local" if !address.is_empty() => Err("write `local` alone: it is always this machine"),
@@ -112,7 +126,7 @@ pub(super) fn address_key(kind: &str) -> Option<&'static str> {
 }
 
 /// Moves the key that holds the address to its place.
-fn take_address(definition: &mut Definition, origin: &Origin) -> Result<(), DefineStreamError> {
+pub(super) fn take_address(definition: &mut Defined, origin: &Origin) -> Result<(), DefineStreamError> {
     let built_in = BUILT_IN.iter().find(|kind| kind.name == definition.kind);
     let Some(key) = address_key(&definition.kind) else { return Ok(()) };
     match definition.options.get(key) {
@@ -170,7 +184,7 @@ impl Reader<'_> {
     /// A key that every stream may have.
     pub(super) fn common(
         &self,
-        definition: &mut Definition,
+        definition: &mut Defined,
         key: &str,
         node: &Node,
     ) -> Result<(), DefineStreamError> {

@@ -1,9 +1,9 @@
 //! From a definition to the place that it means: what is kept elsewhere is looked up, when the stream is first used.
 
-use super::{Definition, Held, keys};
+use super::{Defined, Held, keys};
 use crate::{params::ReferenceError, reach::Place};
 
-impl Definition {
+impl Defined {
     /// The place, with everything in clear.
     ///
     /// # Errors

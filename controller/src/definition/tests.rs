@@ -5,11 +5,7 @@ use expect_test::{Expect, expect};
 use super::*;
 use crate::params::yaml;
 
-fn kinds() -> Kinds {
-    Kinds { registered: vec!["docker".to_owned()] }
-}
-
-fn shown(definitions: Result<Vec<Definition>, DefineStreamError>) -> String {
+fn shown(definitions: Result<Vec<Defined>, DefineStreamError>) -> String {
     match definitions {
         Err(error) => error.to_string(),
         Ok(definitions) => {
@@ -27,16 +23,16 @@ fn shown(definitions: Result<Vec<Definition>, DefineStreamError>) -> String {
 
 fn check(text: &str, expected: Expect) {
     let params = yaml::parse("lab.yaml", text).unwrap();
-    expected.assert_eq(&shown(from_params(&params, DEFAULT_PATH, &kinds())));
+    expected.assert_eq(&shown(from_params(&params, DEFAULT_PATH)));
 }
 
 fn check_path(text: &str, path: &str, expected: Expect) {
     let params = yaml::parse("lab.yaml", text).unwrap();
-    expected.assert_eq(&shown(from_params(&params, path, &kinds())));
+    expected.assert_eq(&shown(from_params(&params, path)));
 }
 
 fn check_inline(text: &str, expected: Expect) {
-    expected.assert_eq(&shown(from_inline(text, &Origin::named("MILLSTREAM_STREAMS"), &kinds())));
+    expected.assert_eq(&shown(from_inline(text, &Origin::named("MILLSTREAM_STREAMS"))));
 }
 
 #[test]
@@ -136,24 +132,12 @@ fn names_are_checked_and_stand_once() {
 #[test]
 fn unknown_words_name_the_nearest() {
     check(
-        "streams:\n  a: {type: tsl, host: x}\n",
-        expect!["lab.yaml:2:13: stream `a` has the unknown type `tsl`: did you mean `tls`? (there are `local`, `tls`, `unix`, `docker`)"],
-    );
-    check(
-        "streams:\n  a: {type: ssh, host: x}\n",
-        expect!["lab.yaml:2:13: stream `a` has the unknown type `ssh`: use one of `local`, `tls`, `unix`, `docker`"],
-    );
-    check(
         "streams:\n  a: {type: tls, hots: x}\n",
         expect!["lab.yaml:2:18: stream `a` has the unknown key `hots`: did you mean `host`? (there are `host`, `port`, `authority`, `certificate`, `key`, `server_name`, `type`, `env`, `cwd`, `user`, `timeout`, `wrap`, `limits`, `on_failure`, `exclusive`)"],
     );
     check(
         "streams:\n  a: {type: local, zebra: x}\n",
         expect!["lab.yaml:2:20: stream `a` has the unknown key `zebra`: use one of `type`, `env`, `cwd`, `user`, `timeout`, `wrap`, `limits`, `on_failure`, `exclusive`"],
-    );
-    check(
-        "streams:\n  a: tcp://x\n",
-        expect!["lab.yaml:2:6: stream `a` has the unknown type `tcp`: use one of `local`, `tls`, `unix`, `docker`"],
     );
     check(
         "streams:\n  a: tls://x?prot=1\n",
@@ -163,6 +147,30 @@ fn unknown_words_name_the_nearest() {
         "streams:\n  a: {type: local, limits: {memry: 1}}\n",
         expect!["lab.yaml:2:29: stream `a` has the unknown key `limits.memry`: did you mean `limits.memory`? (there are `memory`, `pids`, `cpu`)"],
     );
+}
+
+#[test]
+fn a_type_that_is_not_built_in_takes_any_key() {
+    check("streams:\n  a: {type: ssh, host: bar.example.com, port: 22, identity: !file-shown ~/.ssh/id}\n", expect!["a = ssh://bar.example.com?identity=!file ~/.ssh/id&port=22"]);
+    check("streams:\n  a: ssh://tester@bar.example.com:2222?strict=no\n", expect!["a = ssh://tester@bar.example.com:2222?strict=no"]);
+    check("streams:\n  a: {type: ssh, host: x, timeout: soon}\n", expect!["lab.yaml:2:36: `timeout` of stream `a` is `soon`: write a duration such as `30s`, `2m`, `1h30m`, or a number of seconds"]);
+    check("streams:\n  a: {type: a/b}\n", expect!["lab.yaml:2:13: `type` of stream `a` is `a/b`: write one word, such as `tls`"]);
+    check_inline("a=vm://rawhide,b=local", expect![[r#"
+        a = vm://rawhide
+        b = local"#]]);
+}
+
+#[test]
+fn an_entry_without_details_gets_the_defaults() {
+    check("streams:\n  a:\n  b: {}\n  c: {cwd: /tmp}\n  d: local://\n", expect![[r#"
+        a = local
+        b = local
+        c = local Defaults { env: {}, cwd: Some("/tmp"), user: None, timeout: None, wrap: [], limits: ResourceLimits { memory_bytes: None, pids_count: None, cpu_millis: None }, on_failure: Continue }
+        d = local"#]]);
+    check("streams:\n  - a:\n  - ~\n  - 7: {}\n", expect![[r#"
+        a = local
+        1 = local
+        7 = local"#]]);
 }
 
 #[test]
@@ -184,7 +192,7 @@ fn the_authority_may_be_called_ca_as_in_the_name_of_its_file() {
 fn a_bad_definition_is_told_with_its_place() {
     check(
         "streams:\n  a: {host: x}\n",
-        expect!["lab.yaml:2:3: stream `a` does not say its type: add `type` with one of `local`, `tls`, `unix`, `docker`"],
+        expect!["lab.yaml:2:3: stream `a` does not say its type: add `type`, as in `type: tls`"],
     );
     check(
         "streams:\n  a: {type: tls}\n",
@@ -268,10 +276,6 @@ fn one_text_can_define_several() {
         expect!["MILLSTREAM_STREAMS: stream `a` is defined twice, first at MILLSTREAM_STREAMS: give one another name"],
     );
     check_inline(
-        "a=tsl://x",
-        expect!["MILLSTREAM_STREAMS: stream `a` has the unknown type `tsl`: did you mean `tls`? (there are `local`, `tls`, `unix`, `docker`)"],
-    );
-    check_inline(
         "=local",
         expect!["MILLSTREAM_STREAMS: the stream name is empty: give it at least one character"],
     );
@@ -307,7 +311,7 @@ fn secrets_stand_only_where_nobody_looks() {
 fn what_is_kept_elsewhere_is_looked_up_when_the_place_is_wanted() {
     let place = |text: &str, expected: Expect| {
         let params = yaml::parse("lab.yaml", text).unwrap();
-        let definitions = from_params(&params, DEFAULT_PATH, &kinds()).unwrap();
+        let definitions = from_params(&params, DEFAULT_PATH).unwrap();
         expected.assert_eq(&match definitions[0].place() {
             Ok(place) => format!("{place:?} {}", place.options.get("password").map_or("", String::as_str)),
             Err(error) => error.to_string(),

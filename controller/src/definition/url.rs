@@ -5,18 +5,13 @@
 use millstream_common::id::StreamName;
 
 use super::{
-    DefineStreamError, Definition, DefinitionFault, Kinds, Setting,
+    DefineStreamError, Defined, DefinitionFault, Setting,
     keys::{self, Reader},
-    sounds_secret, unknown_type,
+    sounds_secret,
 };
 use crate::params::{HIDDEN, Node, Origin};
 
-pub(super) fn define(
-    name: StreamName,
-    url: &str,
-    origin: &Origin,
-    kinds: &Kinds,
-) -> Result<Definition, DefineStreamError> {
+pub(super) fn define(name: StreamName, url: &str, origin: &Origin) -> Result<Defined, DefineStreamError> {
     let refused = |expected: &str| {
         let url = masked(url).chars().take(256).collect();
         DefinitionFault::Url { name: name.to_string(), url, expected: expected.to_owned() }.at(origin)
@@ -25,16 +20,11 @@ pub(super) fn define(
         return Err(refused("it holds a control character"));
     }
     let (kind, rest) = url.split_once("://").unwrap_or((url, ""));
-    if !kinds.names().contains(&kind) {
-        let is_word =
-            !kind.is_empty() && kind.chars().all(|c| c.is_ascii_alphanumeric() || "+.-_".contains(c));
-        if !is_word {
-            return Err(refused("write a URL, such as `tls://host:7433`"));
-        }
-        return Err(unknown_type(&name, kind, kinds).at(origin));
+    if !keys::is_word(kind) {
+        return Err(refused("write a URL, such as `tls://host:7433`"));
     }
-    let own = kinds.keys(kind);
-    let mut definition = Definition::local(name.clone(), origin.clone());
+    let own = keys::own(kind);
+    let mut definition = Defined::local(name.clone(), origin.clone());
     definition.kind = kind.to_owned();
     let (address, query) = rest.split_once('?').unwrap_or((rest, ""));
     let is_list_of_keys = own.is_none() && address.contains('=');

@@ -4,8 +4,10 @@ use std::{sync::Arc, time::Duration};
 
 use millstream_common::{
     id::TaskId,
+    limits,
     outcome::{OutcomeKind, Phase, Reason, TaskEnd},
 };
+use tokio::time::timeout;
 use tracing::{debug, warn};
 
 use super::{
@@ -134,6 +136,22 @@ impl Driver {
         }
     }
 
+    /// Reaches that somebody made by hand and no stream ever used are tidied as well: links see to those that were.
+    pub(super) async fn release_unused(&self) {
+        let release = async {
+            for stream in self.setup.shared.streams() {
+                let Some(reach) = stream.made_by_hand() else { continue };
+                let place = reach.describe();
+                if !self.links.iter().any(|link| link.place == place) {
+                    reach.release().await;
+                }
+            }
+        };
+        if timeout(limits::CLOSE_MAX, release).await.is_err() {
+            warn!("what reaches that were made by hand have started did not end in time");
+        }
+    }
+
     /// Every session is closed: what had not ended was ended with it.
     pub(super) fn finish_remaining(&mut self) {
         let mut tasks: Vec<(u32, TaskId)> =
@@ -169,9 +187,9 @@ impl Driver {
         StreamReport {
             name: state.shared.name.clone(),
             index: state.shared.index,
-            definition: state.shared.definition.clone(),
+            definition: state.shared.definition(),
             host: reached.then(|| HostReport {
-                host: state.shared.host.clone(),
+                host: state.shared.host().to_owned(),
                 hostname: host.hostname.clone(),
                 kernel: host.kernel.clone(),
                 architecture: host.architecture.clone(),

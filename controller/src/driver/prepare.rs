@@ -43,11 +43,11 @@ impl Driver {
         let opened = &self.links[link].opened;
         let surroundings = Surroundings {
             stream: state.shared.name.clone(),
-            host: state.shared.host.clone(),
+            host: state.shared.host().to_owned(),
             architecture: opened.host.architecture.clone(),
             python: Some(opened.capabilities.python.clone()).filter(|path| !path.is_empty()),
-            is_local: state.shared.is_local,
-            defaults: state.shared.defaults.clone(),
+            is_local: state.shared.is_local(),
+            defaults: state.shared.defaults().clone(),
             topology,
         };
         let (shared, inbox) = (Arc::clone(&work.shared), Arc::clone(&self.setup.inbox));

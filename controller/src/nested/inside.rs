@@ -30,9 +30,10 @@ use super::{
 };
 use crate::{
     context::outside_of_runtimes,
-    definition::Defaults,
+    definition::{Defaults, Defined},
     driver::{Handle, Input},
-    reach::{DialError, Dialing, Reach},
+    params::Origin,
+    reach::{DialError, Dialing, Reach, Surroundings},
     streams::StreamShared,
 };
 
@@ -195,18 +196,15 @@ impl NestedStream {
     }
 
     /// The same for the handles and the driver.
-    pub(crate) fn shared(self, index: usize) -> StreamShared {
-        StreamShared {
-            name: self.name,
-            index,
-            host: self.reach.host.clone(),
-            definition: self.definition,
-            defaults: self.defaults,
-            is_local: self.same_host,
-            // The test that the block belongs to would wait for itself.
-            exclusive: false,
-            reach: self.reach,
+    pub(crate) fn shared(self, index: usize, surroundings: &Surroundings) -> StreamShared {
+        let mut defined = Defined::local(self.name, Origin::named("the test of this block"));
+        if !self.same_host {
+            "inherited".clone_into(&mut defined.kind);
         }
+        defined.defaults = self.defaults;
+        // Never exclusive: the test that the block belongs to would wait for itself.
+        defined.reach = Some(self.reach);
+        StreamShared::inherited(defined, self.definition, index, surroundings)
     }
 }
 

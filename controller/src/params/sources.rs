@@ -11,7 +11,7 @@ use std::{
 };
 
 use super::{Origin, Params, ReadParamsError};
-use crate::definition::{self, DEFAULT_PATH, DefineStreamError, Definition, Definitions, Kinds};
+use crate::definition::{self, DEFAULT_PATH, DefineStreamError, Defined, Definitions};
 
 /// Names a YAML file with definitions at `/streams/*`, or holds definitions itself: `server=tls://foo,client=local`.
 /// What has a `=` is the latter.
@@ -64,26 +64,25 @@ impl Sources {
     /// When a source cannot be read, or a definition in it is not valid.
     pub(crate) fn definitions(
         &self,
-        code: Vec<Definition>,
+        code: Vec<Defined>,
         params: &Params,
         paths: &[String],
-        kinds: &Kinds,
-    ) -> Result<Vec<Definition>, DefineStreamsError> {
+    ) -> Result<Vec<Defined>, DefineStreamsError> {
         let mut all = Definitions::default();
         if let Some(variable) = &self.variable {
             let text = variable.to_str().ok_or(DefineStreamsError::Variable)?;
             all.add_missing(if text.contains('=') {
-                definition::from_inline(text, &Origin::named(STREAMS_VARIABLE), kinds)?
+                definition::from_inline(text, &Origin::named(STREAMS_VARIABLE))?
             } else {
-                definition::from_params(&Params::load(text)?, DEFAULT_PATH, kinds)?
+                definition::from_params(&Params::load(text)?, DEFAULT_PATH)?
             });
         }
         all.add_missing(code);
         for path in paths {
-            all.add_missing(definition::from_params(params, path, kinds)?);
+            all.add_missing(definition::from_params(params, path)?);
         }
         for file in self.files.iter().filter(|file| file.exists()) {
-            all.add_missing(definition::from_params(&Params::load(file)?, DEFAULT_PATH, kinds)?);
+            all.add_missing(definition::from_params(&Params::load(file)?, DEFAULT_PATH)?);
         }
         Ok(all.in_order())
     }
@@ -103,10 +102,9 @@ mod tests {
         let absent = directory.path().join("absent.yaml");
         let sources =
             Sources { variable: variable.map(|v| text(v).into()), files: vec![absent, path.clone()] };
-        let kinds = Kinds::default();
-        let code = definition::from_url("code", "tls://code", Origin::named("test"), &kinds).unwrap();
+        let code = definition::Definition::url("tls://code").named("code").unwrap();
         let params: Params = "streams: {code: local, own: local}".parse().unwrap();
-        let shown = match sources.definitions(vec![code], &params, &[DEFAULT_PATH.to_owned()], &kinds) {
+        let shown = match sources.definitions(vec![code], &params, &[DEFAULT_PATH.to_owned()]) {
             Ok(all) => all.iter().map(|one| format!("{} {one}", one.name)).collect(),
             Err(error) => vec![error.to_string().replace(path.to_str().unwrap(), "FILE")],
         };
@@ -125,8 +123,8 @@ mod tests {
     fn a_bad_source_is_named() {
         let nowhere = ["failed to read the parameters in `/nonexistent.yaml`"];
         check(Some("/nonexistent.yaml"), "", &nowhere);
-        let file = "streams: {a: lokal}";
-        let fault = "FILE:1:14: stream `a` has the unknown type `lokal`: did you mean `local`? (there are `local`, `tls`, `unix`)";
+        let file = "streams: {a: /x}";
+        let fault = "FILE:1:14: stream `a` has the address `/x`: write a URL, such as `tls://host:7433`";
         check(None, file, &[fault]);
     }
 }

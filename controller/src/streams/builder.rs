@@ -16,11 +16,12 @@ use tokio::{
 
 use super::{
     OpenError, Streams,
-    shared::{Core, Registry, TestShared, stream_of},
+    place::StreamShared,
+    shared::{Core, Registry, TestShared},
 };
 use crate::{
     block::{Resolver, reference::Chain},
-    definition::{self, DEFAULT_PATH, Definition, Definitions, Kinds},
+    definition::{DEFAULT_PATH, Defined, Definition, Definitions},
     driver::{
         self, Driver, Setup,
         mailbox::Mailbox,
@@ -53,7 +54,7 @@ pub struct StreamsBuilder {
     overrides: Vec<Override>,
     /// Where the parameters define streams; the default path when none is named.
     paths: Vec<String>,
-    urls: Vec<(String, String)>,
+    streams: Vec<(String, Definition)>,
     results: Option<PathBuf>,
     layout: Layout,
     strict: bool,
@@ -96,7 +97,7 @@ impl StreamsBuilder {
             params: Params::empty(),
             overrides: Vec::new(),
             paths: Vec::new(),
-            urls: Vec::new(),
+            streams: Vec::new(),
             results: None,
             layout: Layout::default(),
             strict: false,
@@ -149,10 +150,10 @@ impl StreamsBuilder {
         self
     }
 
-    /// One stream by its name and URL, such as `tls://foo.example.com:7433` or `local`. The variable `MILLSTREAM_STREAMS`
-    /// comes before it, parameters and configuration files after it.
-    pub fn stream(mut self, name: impl Into<String>, url: impl Into<String>) -> Self {
-        self.urls.push((name.into(), url.into()));
+    /// One stream by its name and where it runs: a URL such as `tls://foo.example.com:7433`, `local`, a [`Definition`], or
+    /// a reach. The variable `MILLSTREAM_STREAMS` comes before it, parameters and configuration files after it.
+    pub fn stream(mut self, name: impl Into<String>, definition: impl Into<Definition>) -> Self {
+        self.streams.push((name.into(), definition.into()));
         self
     }
 
@@ -230,20 +231,21 @@ impl StreamsBuilder {
     }
 
     /// What code and parameters define, and outside of blocks the environment and configuration files.
-    fn definitions(&self, nested: bool) -> Result<Vec<Definition>, OpenError> {
-        let kinds = Kinds { registered: reach::registered() };
+    fn definitions(&mut self, nested: bool) -> Result<Vec<Defined>, OpenError> {
         let mut code = Definitions::default();
-        for (name, url) in &self.urls {
-            code.add(definition::from_url(name, url, Origin::named("the test"), &kinds)?)?;
+        for (name, definition) in std::mem::take(&mut self.streams) {
+            code.add(definition.named(&name)?)?;
         }
         let sources =
             if self.environment && !nested { Sources::of_this_process() } else { Sources::default() };
         let usual = [DEFAULT_PATH.to_owned()];
         let paths = if self.paths.is_empty() { &usual[..] } else { &self.paths[..] };
-        Ok(sources.definitions(code.in_order(), &self.params, paths, &kinds)?)
+        Ok(sources.definitions(code.in_order(), &self.params, paths)?)
     }
 
-    /// Opens the streams. Connects nothing: a host is reached when a stream on it is first used.
+    /// Opens the streams. Connects nothing, and makes no reach: that is done for a stream when it is first used. A stream
+    /// that cannot be had, because nobody knows its type for example, is defined all the same: [`Streams::get`] and
+    /// [`Streams::try_get`] say why.
     ///
     /// # Errors
     /// When a definition, a parameter or a name is not valid, or the results have no place.
@@ -277,7 +279,7 @@ impl StreamsBuilder {
         let mut registry = Registry::default();
         for definition in definitions {
             let index = registry.streams.len();
-            let stream = Arc::new(stream_of(definition, index, &reaches)?);
+            let stream = Arc::new(StreamShared::new(definition, index, &reaches));
             registry.by_name.insert(stream.name.clone(), index);
             registry.streams.push(stream);
             registry.counts.push(0);
@@ -286,7 +288,7 @@ impl StreamsBuilder {
             if self.environment && !registry.by_name.contains_key(&stream.name) {
                 let index = registry.streams.len();
                 registry.by_name.insert(stream.name.clone(), index);
-                registry.streams.push(Arc::new(stream.shared(index)));
+                registry.streams.push(Arc::new(stream.shared(index, &reaches)));
                 registry.counts.push(0);
             }
         }

@@ -19,7 +19,7 @@ pub enum StreamError {
     /// It cannot have this name.
     #[error(transparent)]
     Name(NameError),
-    /// Nobody defined it, and the test is strict.
+    /// Nobody defined it, and it is not to be defined on first use.
     #[error("stream `{name}` is not defined: there are {known}{}", nearest.as_ref().map(|word| format!(" (did you mean `{word}`?)")).unwrap_or_default())]
     Unknown {
         /// Its name.
@@ -55,9 +55,10 @@ pub enum StreamError {
         nearest: Option<String>,
         /// Why it is no definition.
         #[source]
-        source: DefineStreamError,
+        source: Box<StreamError>,
     },
-    /// Its definition leads nowhere.
+    /// Its place cannot be had: its type is unknown, or does not take what it was told, or something that is kept elsewhere
+    /// is not there. [`PlaceError`] says which.
     #[error("stream `{name}`, defined by {origin}: {reason}")]
     Place {
         /// Its name.

@@ -2,7 +2,6 @@
 
 use std::{
     collections::BTreeMap,
-    fmt,
     path::PathBuf,
     sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
     time::Duration,
@@ -17,42 +16,19 @@ use millstream_common::{
 };
 use tokio::sync::watch;
 
-use super::StreamError;
+use super::{StreamError, place::StreamShared};
 use crate::{
     block::{Block, reference::Chain},
-    definition::{self, Defaults, DefineStreamError, Definition, Kinds},
+    definition::{Defined, Definition},
     driver::{Handle, Schedule},
     nested::Gate,
     outcome::{Outcome, Report},
     params::{Origin, Params},
-    reach::{self, PlaceError, Reach},
+    reach,
     results::writer::ResultsWriter,
     sync::host::{SpeakerLabel, SyncHost},
     task::{Stage, Task, TaskLog, TaskShared},
 };
-/// What the driver and the handles know of a stream.
-pub(crate) struct StreamShared {
-    pub(crate) name: StreamName,
-    pub(crate) index: usize,
-    pub(crate) reach: Arc<dyn Reach>,
-    pub(crate) host: String,
-    /// Its definition as one line.
-    pub(crate) definition: String,
-    pub(crate) defaults: Defaults,
-    pub(crate) is_local: bool,
-    /// Whether the host is to be reserved.
-    pub(crate) exclusive: bool,
-}
-
-impl fmt::Debug for StreamShared {
-    /// Without the reach: its author may not have thought of secrets.
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("StreamShared")
-            .field("name", &self.name)
-            .field("definition", &self.definition)
-            .finish_non_exhaustive()
-    }
-}
 
 /// What the driver and the handles of a test share.
 #[derive(Debug)]
@@ -83,8 +59,7 @@ impl TestShared {
 
     /// The stream of a name, when it is defined.
     fn defined(&self, name: &StreamName) -> Option<Arc<StreamShared>> {
-        let registry = self.lock();
-        registry.by_name.get(name).map(|&index| Arc::clone(&registry.streams[index]))
+        self.lock().defined(name)
     }
 
     /// Outcomes of the tasks of one stream that have ended, in their order.
@@ -194,6 +169,8 @@ impl Core {
     ) -> Task {
         let block = block.resolved_by(&self.resolvers);
         let log = Arc::new(TaskLog::new());
+        // The way to the host may have to be made, which is nothing to do under a lock.
+        let host = stream.host().to_owned();
         let mut registry = self.shared.lock();
         registry.tasks_count += 1;
         let count = &mut registry.counts[stream.index];
@@ -208,7 +185,7 @@ impl Core {
             runs_streams: block.runs_streams(),
             expectation: block.expectation(),
             schedule_time_ns: self.world.clock.wall_ns(),
-            host: stream.host.clone(),
+            host,
             outcome: OnceLock::new(),
             stage: watch::Sender::new(Stage::Queued),
             log: Mutex::new(Arc::downgrade(&log)),
@@ -232,7 +209,7 @@ impl Core {
             SpeakerLabel { stream: stream.name.clone(), number: stream_number, block: task.block.clone() };
         // Known to the board before anybody can wait for it.
         if block.runs_streams() {
-            self.gate.allow(task.id, stream.is_local);
+            self.gate.allow(task.id, stream.is_local());
         }
         self.sync.task_scheduled(task.id, label, block.declared_barriers(), group_size);
         let scheduled = self.driver.schedule(Schedule {
@@ -253,26 +230,39 @@ impl Core {
         self.shared.outcomes_of(stream)
     }
 
-    pub(super) fn define(&self, definition: Definition) -> Result<Arc<StreamShared>, StreamError> {
+    /// Defines a stream whose place can be had.
+    pub(super) fn define(&self, definition: Defined) -> Result<Arc<StreamShared>, StreamError> {
+        let probe = StreamShared::new(definition.clone(), 0, &self.reaches);
+        if !self.shared.lock().by_name.contains_key(&definition.name) {
+            probe.locate()?;
+        }
         let mut registry = self.shared.lock();
-        self.define_in(&mut registry, definition)
+        if registry.by_name.contains_key(&definition.name) {
+            return Err(StreamError::Taken { name: definition.name });
+        }
+        let index = registry.streams.len();
+        Ok(self.push(&mut registry, probe.renamed(definition.name, index)))
+    }
+
+    fn push(&self, registry: &mut Registry, stream: StreamShared) -> Arc<StreamShared> {
+        let stream = Arc::new(stream);
+        registry.by_name.insert(stream.name.clone(), stream.index);
+        registry.streams.push(Arc::clone(&stream));
+        registry.counts.push(0);
+        self.sync.streams_defined(registry.streams.len());
+        stream
     }
 
     fn define_in(
         &self,
         registry: &mut Registry,
-        definition: Definition,
+        definition: Defined,
     ) -> Result<Arc<StreamShared>, StreamError> {
         if registry.by_name.contains_key(&definition.name) {
             return Err(StreamError::Taken { name: definition.name });
         }
         let index = registry.streams.len();
-        let stream = Arc::new(stream_of(definition, index, &self.reaches)?);
-        registry.by_name.insert(stream.name.clone(), index);
-        registry.streams.push(Arc::clone(&stream));
-        registry.counts.push(0);
-        self.sync.streams_defined(registry.streams.len());
-        Ok(stream)
+        Ok(self.push(registry, StreamShared::new(definition, index, &self.reaches)))
     }
 
     /// A new stream for a single task, at the place of a defined stream or at one that is given in one line.
@@ -281,41 +271,32 @@ impl Core {
         let (base, like) = match known {
             Some(stream) => (place.to_owned(), stream),
             None => {
-                let kinds = Kinds { registered: reach::registered() };
-                let parsed = definition::from_url("single", place, Origin::named("the test"), &kinds);
-                let definition = parsed.map_err(|source| self.no_place(place, source))?;
-                let stream = stream_of(definition, 0, &self.reaches)?;
-                (if stream.is_local { "local".to_owned() } else { stream.host.clone() }, Arc::new(stream))
+                let parsed = Definition::url(place).named("single").map_err(StreamError::from);
+                let stream = parsed.map(|defined| StreamShared::new(defined, 0, &self.reaches));
+                let stream = stream.and_then(|stream| stream.locate().map(|()| stream));
+                let stream = stream.map_err(|source| self.no_place(place, source))?;
+                (
+                    if stream.is_local() { "local".to_owned() } else { stream.host().to_owned() },
+                    Arc::new(stream),
+                )
             }
         };
+        like.locate()?;
         let mut registry = self.shared.lock();
         let index = registry.streams.len();
         let name = counted_name(&registry, &base);
-        let stream = Arc::new(StreamShared {
-            name,
-            index,
-            reach: Arc::clone(&like.reach),
-            host: like.host.clone(),
-            definition: like.definition.clone(),
-            defaults: like.defaults.clone(),
-            is_local: like.is_local,
-            exclusive: like.exclusive,
-        });
-        registry.by_name.insert(stream.name.clone(), index);
-        registry.streams.push(Arc::clone(&stream));
-        registry.counts.push(0);
-        Ok(stream)
+        Ok(self.push(&mut registry, like.renamed(name, index)))
     }
 
     /// What is wrong with a place that is no definition, and may have been meant as a name.
-    fn no_place(&self, place: &str, source: DefineStreamError) -> StreamError {
+    fn no_place(&self, place: &str, source: StreamError) -> StreamError {
         if place.contains("://") {
-            return source.into();
+            return source;
         }
         let registry = self.shared.lock();
         let names = registry.streams.iter().map(|stream| stream.name.as_str());
         let nearest = text::nearest(place, names).map(str::to_owned);
-        StreamError::NoPlace { place: place.to_owned(), nearest, source }
+        StreamError::NoPlace { place: place.to_owned(), nearest, source: Box::new(source) }
     }
 
     /// The stream at an index; those that are missing before it are defined on the way.
@@ -331,27 +312,68 @@ impl Core {
             let next = registry.streams.len();
             let name = free_name(&registry, next);
             let origin = Origin::named("the test");
-            let stream = self.define_in(&mut registry, Definition::local(name, origin))?;
+            let stream = self.define_in(&mut registry, Defined::local(name, origin))?;
             if next == index {
                 return Ok(stream);
             }
         }
     }
 
+    /// The streams from one index to before another; those that are missing are defined.
+    pub(super) fn range(&self, begin: usize, end: usize) -> Result<Vec<Arc<StreamShared>>, StreamError> {
+        if begin >= end {
+            return Ok(Vec::new());
+        }
+        // The last one first: when it cannot be, nothing is defined.
+        self.at(end - 1)?;
+        Ok(self.shared.lock().streams[begin..end].to_vec())
+    }
+
+    /// The stream of a name; one that nobody defined is defined.
     pub(super) fn named(&self, name: &str) -> Result<Arc<StreamShared>, StreamError> {
         let name = StreamName::new(name).map_err(StreamError::Name)?;
         let mut registry = self.shared.lock();
-        if let Some(&index) = registry.by_name.get(&name) {
-            return Ok(Arc::clone(&registry.streams[index]));
+        match registry.defined(&name) {
+            Some(stream) => Ok(stream),
+            None if self.strict => Err(registry.unknown(name)),
+            None => self.define_in(&mut registry, Defined::local(name, Origin::named("the test"))),
         }
-        if self.strict {
-            let known: Vec<String> =
-                registry.streams.iter().map(|stream| format!("`{}`", stream.name)).collect();
-            let names = registry.streams.iter().map(|stream| stream.name.as_str());
-            let nearest = text::nearest(name.as_str(), names).map(str::to_owned);
-            return Err(StreamError::Unknown { name, known: known.join(", "), nearest });
+    }
+
+    /// The stream of a name, if there is one.
+    pub(super) fn defined(&self, name: &str) -> Result<Arc<StreamShared>, StreamError> {
+        let name = StreamName::new(name).map_err(StreamError::Name)?;
+        let registry = self.shared.lock();
+        registry.defined(&name).ok_or_else(|| registry.unknown(name))
+    }
+
+    /// The stream at an index, if there is one.
+    pub(super) fn defined_at(&self, index: usize) -> Result<Arc<StreamShared>, StreamError> {
+        let registry = self.shared.lock();
+        let count = registry.streams.len();
+        registry.streams.get(index).cloned().ok_or(StreamError::NoIndex { index, count })
+    }
+}
+
+impl Registry {
+    fn defined(&self, name: &StreamName) -> Option<Arc<StreamShared>> {
+        Some(Arc::clone(&self.streams[*self.by_name.get(name)?]))
+    }
+
+    /// What is told of a name that nobody defined.
+    fn unknown(&self, name: StreamName) -> StreamError {
+        const SHOWN: usize = 20;
+        let mut known: Vec<String> =
+            self.streams.iter().take(SHOWN).map(|stream| format!("`{}`", stream.name)).collect();
+        if let Some(more) = self.streams.len().checked_sub(SHOWN + 1) {
+            known.push(format!("and {} more", more + 1));
         }
-        self.define_in(&mut registry, Definition::local(name, Origin::named("the test")))
+        if known.is_empty() {
+            known.push("none".to_owned());
+        }
+        let names = self.streams.iter().map(|stream| stream.name.as_str());
+        let nearest = text::nearest(name.as_str(), names).map(str::to_owned);
+        StreamError::Unknown { name, known: known.join(", "), nearest }
     }
 }
 
@@ -380,23 +402,4 @@ pub(super) fn free_name(registry: &Registry, index: usize) -> StreamName {
         }
         name.push('_');
     }
-}
-
-pub(super) fn stream_of(
-    definition: Definition,
-    index: usize,
-    reaches: &reach::Surroundings,
-) -> Result<StreamShared, StreamError> {
-    let line = definition.to_string();
-    let place = definition.place();
-    let reach = place.map_err(PlaceError::Reference).and_then(|place| reach::resolve(&place, reaches));
-    let Definition { name, kind, exclusive, defaults, origin, .. } = definition;
-    let reach = reach.map_err(|reason| StreamError::Place {
-        name: name.clone(),
-        origin: origin.to_string(),
-        reason,
-    })?;
-    let host = reach.host();
-    let is_local = kind == "local";
-    Ok(StreamShared { name, index, host, definition: line, defaults, is_local, exclusive, reach })
 }

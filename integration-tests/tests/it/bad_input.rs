@@ -52,7 +52,7 @@ fn an_unknown_stream_type_is_refused_with_the_nearest_one() {
     check_definition(
         "streams:\n  x: tlss://foo\n",
         &expect![
-            "DIR/lab.yaml:2:6: stream `x` has the unknown type `tlss`: did you mean `tls`? (there are `local`, `tls`, `unix`)"
+            "stream `x`, defined by DIR/lab.yaml:2:3: stream type `tlss` is unknown: use one of `local`, `tls`, `unix` (did you mean `tls`?)"
         ],
     );
 }
