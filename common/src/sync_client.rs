@@ -459,7 +459,7 @@ impl Subscription {
     /// The next value; none when the controller has ended the topic.
     ///
     /// # Errors
-    /// When nobody answers any more.
+    /// When nobody answers any more, or no other task is left that could publish.
     ///
     /// # Cancel safety
     /// Nothing is lost when the future is dropped.

@@ -297,7 +297,7 @@ impl BlockContext {
     /// runtime: each step holds the thread.
     ///
     /// # Errors
-    /// When the agent cannot be reached.
+    /// When the agent cannot be reached. The iterator ends with an error when no other task is left that could publish.
     pub fn subscribe<T: DeserializeOwned>(
         &self,
         topic: &str,

@@ -30,7 +30,7 @@ Usage: millstream-sync [--json] COMMAND
   wait TOPIC [COUNT] [--timeout 60]
                              wait for the first COUNT values (1); prints them, one a line
   get TOPIC                  print the values that are there
-  subscribe TOPIC [--from 0] print the values and those that come later
+  subscribe TOPIC [--from 0] print the values and those that come later; 1 when no other task is left to publish
   abort NAME REASON          break a barrier for everybody
   whiteboard [TEXT | -]      add a line to the task's whiteboard, or print it
   list                       print every barrier and topic

@@ -99,7 +99,10 @@ def get(topic):
 
 
 def subscribe(topic, start=0):
-    """The values of a topic from index `start` on, one after the other, those that come later included."""
+    """The values of a topic from index `start` on, one after the other, those that come later included.
+
+    Raises BarrierBroken when no other task is left that could publish more.
+    """
     process = _start(["subscribe", "--from", str(int(start)), "--", topic], stdin=subprocess.DEVNULL)
     try:
         for line in process.stdout:
