@@ -139,8 +139,8 @@ fn an_agent_that_comes_back_removes_the_control_groups_of_the_killed() {
         .controller()
         .block_on(|| async {
             let streams = open(&lab, "groups-left")?;
-            // It prints nothing more: nobody will read it, and that would end it.
-            let task = streams.get("one")?.run_bg(shell("echo up\nexec sleep 54321098"));
+            // What it starts does not die with the supervisor as its first process does.
+            let task = streams.get("one")?.run_bg(shell("sleep 54321098 &\necho up\nwait"));
             task.ready(Ready::log("up")).await?;
             let variable = format!("MILLSTREAM_TASK={}", task.id());
             let session =
@@ -152,7 +152,7 @@ fn an_agent_that_comes_back_removes_the_control_groups_of_the_killed() {
             Result::<(String, PathBuf)>::Ok((variable, session))
         })
         .unwrap();
-    // Nobody is left to end the block, which lives on in its group.
+    // Nobody is left to end what the block has started, which lives on in its group.
     assert!(session.exists());
     assert!(!processes::with_variable(&variable).is_empty());
     let own = session.parent().unwrap();
