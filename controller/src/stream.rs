@@ -38,6 +38,12 @@ impl Stream {
         &self.shared.name
     }
 
+    /// Its definition as one line, without the secrets in it.
+    #[must_use]
+    pub fn definition(&self) -> String {
+        self.shared.definition()
+    }
+
     /// Its place among the streams, from 0.
     #[must_use]
     pub fn index(&self) -> usize {

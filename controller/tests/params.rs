@@ -13,7 +13,7 @@ use std::{
 };
 
 use millstream::{
-    BlockContext, BlockResult, OutcomeKind, Params, Streams,
+    BlockContext, BlockResult, OutcomeKind, Params, Stream, Streams,
     reach::{self, DialError, Dialing, Place, Reach},
     shell,
 };
@@ -228,4 +228,74 @@ async fn a_parameter_that_cannot_be_had_ends_the_block_and_says_why() {
         "parameter `/nowhere` cannot be given to the block: this path of the tree has no parameters";
     assert_eq!(ends(&params, "/nowhere").await, nowhere);
     streams.close().await.unwrap();
+}
+
+/// Files, and questions with their answers.
+type Example = (Vec<String>, Vec<(String, String)>);
+
+/// What the page says of itself: files, then questions with their answers.
+fn examples(page: &str) -> Vec<Example> {
+    let mut examples: Vec<Example> = Vec::new();
+    for piece in page.split("\n```").collect::<Vec<_>>().chunks(2) {
+        let Some((kind, body)) = piece.get(1).and_then(|code| code.split_once('\n')) else { continue };
+        match kind {
+            "yaml" => match examples.last_mut().filter(|(_, questions)| questions.is_empty()) {
+                Some((files, _)) => files.push(body.to_owned()),
+                None => examples.push((vec![body.to_owned()], Vec::new())),
+            },
+            "text" => {
+                let asked = body.lines().map(|line| line.split_once(" → ").expect("question → answer"));
+                let asked = asked.map(|(question, answer)| (question.to_owned(), answer.to_owned()));
+                examples.last_mut().unwrap().1.extend(asked);
+            }
+            other => panic!("the page has a piece of {other}"),
+        }
+    }
+    examples
+}
+
+/// The answer to one question of the page.
+fn answer(question: &str, params: &Params, results: &Path) -> millstream::Result<String> {
+    let open = |path: &str| {
+        Streams::builder("page").only_given().results_dir(results).params_at(params.clone(), path).open()
+    };
+    let words: Vec<&str> = question.split(' ').collect();
+    Ok(match words[..] {
+        ["get", key, "at", path] => params.get::<serde_json::Value>(key, path)?.to_string(),
+        ["streams", "at", path] => {
+            let streams = open(path)?.all();
+            let line = |stream: &Stream| format!("{} = {}", stream.name(), stream.definition());
+            streams.iter().map(line).collect::<Vec<_>>().join("; ")
+        }
+        ["try", name] => open("/streams/*")?.try_get(name)?.host().to_owned(),
+        ["shown"] => serde_json::to_string(params).unwrap(),
+        _ => panic!("the page asks `{question}`"),
+    })
+}
+
+#[test]
+fn the_page_of_parameters_says_what_is() {
+    let page = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/parameters.md");
+    let examples = examples(&fs::read_to_string(page).unwrap());
+    assert!(examples.len() >= 5, "{} examples", examples.len());
+    for (texts, questions) in examples {
+        assert!(!questions.is_empty(), "nobody asks about {texts:?}");
+        let directory = tempfile::tempdir().unwrap();
+        fs::write(directory.path().join("token"), "0123456789\n").unwrap();
+        fs::write(directory.path().join("port"), "7433\n").unwrap();
+        let file = |text: &String| {
+            let name = text.lines().next().and_then(|line| line.strip_prefix("# ")).unwrap();
+            let path = directory.path().join(name);
+            fs::write(&path, text).unwrap();
+            path
+        };
+        let files: Vec<_> = texts.iter().map(file).collect();
+        let params = Params::load_all(files).unwrap();
+        for (question, expected) in questions {
+            let told = answer(&question, &params, &directory.path().join("results"));
+            let told = told.unwrap_or_else(|error| format!("error: {error}"));
+            let told = told.replace(&format!("{}/", directory.path().display()), "");
+            assert_eq!(told, expected, "{question}");
+        }
+    }
 }
