@@ -295,6 +295,8 @@ fn the_page_of_parameters_says_what_is() {
             let told = answer(&question, &params, &directory.path().join("results"));
             let told = told.unwrap_or_else(|error| format!("error: {error}"));
             let told = told.replace(&format!("{}/", directory.path().display()), "");
+            // Another test of this program registers a type for all of them.
+            let told = told.replace(", `careless`", "");
             assert_eq!(told, expected, "{question}");
         }
     }
