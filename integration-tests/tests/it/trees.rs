@@ -13,11 +13,13 @@ fn a_daemon_that_forked_twice_is_gone_with_its_block_and_reported() {
     lab.controller()
         .block_on(|| async {
             let streams = open(&lab, "daemon")?;
-            // It holds the block's output open too: waiting for the end of the pipe would wait for ever.
+            // It holds the block's output open too: waiting for the end of the pipe would wait for ever. The block waits
+            // until it has become its second program, by whose name it is reported.
             let block = shell(
                 "mkfifo up\n\
-                 (setsid sh -c 'sleep 76543210 & echo up >up; exec sleep 76543211' &)\n\
-                 read -r up <up\n\
+                 (setsid sh -c 'sleep 76543210 & echo $$ >up; exec sleep 76543211' &)\n\
+                 read -r daemon <up\n\
+                 until grep -q ^sleep /proc/$daemon/cmdline; do :; done\n\
                  echo started",
             )
             .name("daemon");
