@@ -265,6 +265,7 @@ impl Driver {
         if !self.reconnects {
             return None;
         }
+        let mut pause = limits::RECONNECT_PAUSE_MIN;
         loop {
             // Without a word a supervisor is not believed to be dead: its lock decides.
             let stream = find_alive(&self.supervised.directory).await?;
@@ -274,8 +275,12 @@ impl Driver {
                     return Some(connected);
                 }
                 Err(error) => {
-                    warn!(session = %self.supervised.session_id, %error, "a supervisor does not answer");
-                    sleep(limits::RECONNECT_PAUSE_MAX).await;
+                    // One that is just ending takes connections for a moment still: that is no news.
+                    if pause == limits::RECONNECT_PAUSE_MAX {
+                        warn!(session = %self.supervised.session_id, %error, "a supervisor does not answer");
+                    }
+                    sleep(pause).await;
+                    pause = (pause * 2).min(limits::RECONNECT_PAUSE_MAX);
                 }
             }
         }
