@@ -83,7 +83,11 @@ impl Attempt {
             Ok(response) => response.into_inner(),
             Err(status) => {
                 let error = refused(&status);
-                if matches!(error, OpenError::Final { .. }) || !pipe::is_transport_failure(&status) {
+                let is_final = matches!(error, OpenError::Final { .. });
+                if is_final && pipe::is_transport_failure(&status) {
+                    // The certificate is refused: what was asked with it before, and broke off, was refused as well.
+                    self.asked.store(false, Ordering::Relaxed);
+                } else if is_final || !pipe::is_transport_failure(&status) {
                     self.asked.store(unsure, Ordering::Relaxed);
                 }
                 return Err(error);
