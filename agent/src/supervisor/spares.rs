@@ -119,7 +119,7 @@ fn emptied(task_dir: &Path) -> bool {
             return false;
         }
     }
-    private_emptied(&task, mount) && files_removed(&task).unwrap_or(false)
+    private_emptied(&task, mount) && files_removed(&task, &[b"work", b"output", b"private"]).unwrap_or(false)
 }
 
 /// Empties `private/`, if there is one. False when anything about it is not as it was made, or when it holds more than
@@ -140,19 +140,7 @@ fn private_emptied(task: &OwnedFd, mount: u64) -> bool {
     let Ok(private) = openat(task, PRIVATE, DIRECTORY, Mode::empty()) else { return false };
     // A list of access rights that files in it would inherit is one of these.
     let has_attributes = flistxattr(&private, &mut [] as &mut [u8]) != Ok(0);
-    !has_attributes && all_files_removed(&private).unwrap_or(false)
-}
-
-fn all_files_removed(directory: &OwnedFd) -> io::Result<bool> {
-    for entry in Dir::read_from(directory)? {
-        let entry = entry?;
-        if !matches!(entry.file_name().to_bytes(), b"." | b"..")
-            && unlinkat(directory, entry.file_name(), AtFlags::empty()).is_err()
-        {
-            return Ok(false);
-        }
-    }
-    Ok(true)
+    !has_attributes && files_removed(&private, &[]).unwrap_or(false)
 }
 
 fn look(at: BorrowedFd<'_>, name: &std::ffi::CStr) -> rustix::io::Result<Statx> {
@@ -181,16 +169,17 @@ fn is_empty(directory: OwnedFd) -> rustix::io::Result<bool> {
     Ok(true)
 }
 
-/// Removes every file beside the directories; false when there is another directory.
-fn files_removed(task: &OwnedFd) -> io::Result<bool> {
-    for entry in Dir::read_from(task)? {
+/// Removes every file of a directory except what is kept; false when there is another directory.
+fn files_removed(directory: &OwnedFd, kept: &[&[u8]]) -> io::Result<bool> {
+    for entry in Dir::read_from(directory)? {
         let entry = entry?;
-        match entry.file_name().to_bytes() {
-            b"." | b".." | b"work" | b"output" | b"private" => {}
-            _ => match unlinkat(task, entry.file_name(), AtFlags::empty()) {
-                Ok(()) | Err(Errno::NOENT) => {}
-                Err(_) => return Ok(false),
-            },
+        let name = entry.file_name();
+        if matches!(name.to_bytes(), b"." | b"..") || kept.contains(&name.to_bytes()) {
+            continue;
+        }
+        match unlinkat(directory, name, AtFlags::empty()) {
+            Ok(()) | Err(Errno::NOENT) => {}
+            Err(_) => return Ok(false),
         }
     }
     Ok(true)
