@@ -31,7 +31,7 @@ use rustls::{
 
 pub use self::{
     identity::{Identity, IdentityError, Role, valid_until},
-    words::reason,
+    words::{is_refusal_of_the_agent, reason},
 };
 
 /// The one protocol spoken inside TLS.

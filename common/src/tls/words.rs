@@ -84,6 +84,16 @@ fn tls_reason(error: &rustls::Error) -> String {
     }
 }
 
+/// Whether a [`reason`] says that the agent refused who asked, by a certificate or by the lack of one. Nothing but the text
+/// of an alert comes through HTTP/2; so its words are compared here, beside the sentences that have them.
+#[must_use]
+pub fn is_refusal_of_the_agent(reason: &str) -> bool {
+    reason.starts_with(REFUSED_BY_THE_AGENT)
+}
+
+/// How every sentence begins that tells of such a refusal.
+const REFUSED_BY_THE_AGENT: &str = "the agent refused";
+
 /// What the alerts mean that a refused certificate causes. The other end is always the agent: agents dial nobody.
 fn alert_reason(alert: &str) -> Option<&'static str> {
     Some(match alert.split(|c: char| !c.is_alphanumeric()).next().unwrap_or_default() {
@@ -109,4 +119,31 @@ fn alert_reason(alert: &str) -> Option<&'static str> {
         "UnrecognisedName" => "the agent does not go by that name: check the host of the stream",
         _ => return None,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_alert_about_a_certificate_is_a_refusal_and_no_other_one_is() {
+        let told = |alert: &str| is_refusal_of_the_agent(alert_reason(alert).unwrap());
+        for refusal in [
+            "UnknownCA",
+            "CertificateRequired",
+            "NoCertificate",
+            "CertificateExpired",
+            "CertificateRevoked",
+            "UnsupportedCertificate",
+            "BadCertificate",
+            "CertificateUnknown",
+            "AccessDenied",
+            "DecryptError",
+        ] {
+            assert!(told(refusal), "{refusal}");
+        }
+        for other in ["ProtocolVersion", "NoApplicationProtocol", "UnrecognisedName"] {
+            assert!(!told(other), "{other}");
+        }
+    }
 }

@@ -12,6 +12,7 @@ use millstream_common::{
     convert, limits, pipe,
     protocol::Spoken,
     text::{printable, spoken},
+    tls,
 };
 use millstream_proto::v1::{self, agent_service_client::AgentServiceClient};
 use tokio::time::{Instant, timeout};
@@ -149,7 +150,6 @@ pub(super) async fn dial(reach: &dyn Reach) -> Result<Client, OpenError> {
         .max_encoding_message_size(limits::BULK_MESSAGE_BYTES_MAX))
 }
 
-/// What the refusal of a session means.
 /// Whether a host is this machine, or a container of it: then there is one clock, and nothing to estimate.
 fn shares_this_kernel(boot_id: &str) -> bool {
     static OWN: OnceLock<String> = OnceLock::new();
@@ -158,11 +158,12 @@ fn shares_this_kernel(boot_id: &str) -> bool {
     !boot_id.is_empty() && own.trim() == boot_id
 }
 
+/// What the refusal of a session means.
 fn refused(status: &Status) -> OpenError {
     let why = printable(pipe::call_failure(status).as_bytes(), limits::TEXT_BYTES_MAX);
     if pipe::is_transport_failure(status) {
         // With TLS 1.3 an agent's refusal of a certificate is seen only now. It will not change its mind.
-        return if why.starts_with("the agent refused") {
+        return if tls::is_refusal_of_the_agent(&why) {
             OpenError::Final { why, gone: false }
         } else {
             OpenError::Again(why)
