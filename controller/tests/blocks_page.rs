@@ -6,7 +6,7 @@
     reason = "a test that cannot go on fails, and the output of a block is its log"
 )]
 
-use std::{fs, path::Path, process::Command};
+use std::{fs, os::unix::fs::PermissionsExt as _, path::Path, process::Command};
 
 use millstream::{
     BlockContext, BlockReference, BlockResult, OutcomeKind, Phase, Resolution, Resolver, Streams,
@@ -163,25 +163,65 @@ fn a_block_runs_alone() {
     );
 }
 
+/// What the page shows in a language, piece by piece.
+fn shown(language: &str) -> Vec<String> {
+    let page = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/blocks.md")).unwrap();
+    let begin = format!("```{language}\n");
+    let pieces = page.split(&begin).skip(1).map(|piece| piece.split("```").next().unwrap().to_owned());
+    let pieces: Vec<String> = pieces.collect();
+    assert!(!pieces.is_empty(), "nothing in {language}");
+    pieces
+}
+
+/// Every command on the page, as it stands there. What stands in for cargo builds nothing: it runs the programs that cargo
+/// has built beside this one, and cargo itself where there is none yet.
+#[test]
+fn the_commands_of_the_page_run() {
+    const CARGO: &str = r#"#!/bin/sh
+case "$*" in
+    "run --example hello -p millstream") [ -x "$BUILT/examples/hello" ] && exec "$BUILT/examples/hello" ;;
+    "test -p millstream --test blocks_page -- "*) shift 6; exec "$THIS" "$@" ;;
+esac
+exec "$CARGO_ITSELF" "$@"
+"#;
+    let directory = tempfile::tempdir().unwrap();
+    let cargo = directory.path().join("cargo");
+    fs::write(&cargo, CARGO).unwrap();
+    fs::set_permissions(&cargo, fs::Permissions::from_mode(0o755)).unwrap();
+    let this = std::env::current_exe().unwrap();
+    let search_path = format!("{}:{}", directory.path().display(), std::env::var("PATH").unwrap());
+    let mut told = String::new();
+    for commands in shown("sh") {
+        let output = Command::new("/bin/sh")
+            .args(["-e", "-c", &commands])
+            .env("PATH", &search_path)
+            .env("THIS", &this)
+            .env("BUILT", this.ancestors().nth(2).unwrap())
+            .env("CARGO_ITSELF", env!("CARGO"))
+            .env("MILLSTREAM_RESULTS_DIR", directory.path())
+            .output()
+            .unwrap();
+        let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
+        let (stdout, stderr) = (text(output.stdout), text(output.stderr));
+        assert!(output.status.success(), "{commands}: {}\n{stdout}{stderr}", output.status);
+        told += &stdout;
+    }
+    let lines: Vec<&str> = told.lines().filter(|line| ["hello", "2 chunks"].contains(line)).collect();
+    assert_eq!(lines, ["hello", "2 chunks"], "{told}");
+}
+
 /// Every line of Rust and Python on the page stands in these files, in the same order.
 #[test]
 fn the_page_shows_what_runs_here() {
     let here = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let page = fs::read_to_string(here.join("../docs/blocks.md")).unwrap();
     let lines = |text: &str| {
         let lines = text.lines().map(|line| line.trim().to_owned());
         lines.filter(|line| !line.is_empty()).collect::<Vec<_>>()
     };
-    let shown_of = |language: &str| {
-        let begin = format!("```{language}\n");
-        let fences = page.split(&begin).skip(1);
-        fences.map(|fence| lines(fence.split("```").next().unwrap())).collect::<Vec<_>>()
-    };
     for (language, file) in [("rust", "tests/blocks_page.rs"), ("python", "tests/blocks_page.py")] {
         let source = lines(&fs::read_to_string(here.join(file)).unwrap());
-        let fences = shown_of(language);
-        assert!(!fences.is_empty(), "nothing in {language}");
-        for fence in fences {
+        for fence in shown(language) {
+            let fence = lines(&fence);
             let stands = source.windows(fence.len()).any(|window| window == fence);
             assert!(stands, "{file} lacks what docs/blocks.md shows:\n{}", fence.join("\n"));
         }

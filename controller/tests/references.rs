@@ -6,7 +6,7 @@
     reason = "a test that cannot go on fails, and the output of a block is its log"
 )]
 
-use std::{fs, path::PathBuf, sync::Arc};
+use std::{fs, path::PathBuf, sync::Arc, time::Duration};
 
 use millstream::{
     Block, BlockReference, Outcome, OutcomeKind, Phase, Ready, Reason, Resolution, Resolver, Streams,
@@ -62,7 +62,20 @@ class Odd:
         print("up")
         time.sleep(1000)
 
+    def test_greedy(self):
+        while True:
+            try:
+                time.sleep(1000)
+            except Exception:
+                pass
+
+    def test_deaf(self):
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        time.sleep(1000)
+
     def tearDown(self):
+        if self.params.get("crash"):
+            os.kill(os.getpid(), signal.SIGSEGV)
         print("torn down")
 "#;
 
@@ -192,6 +205,37 @@ fn a_class_that_dies_is_not_torn_down_and_one_that_is_stopped_is() {
     assert_eq!(outcome.stdout(), "up\ntorn down\n");
     assert!(outcome.stderr().contains("Terminated: the block was asked to end"), "{}", outcome.stderr());
     block_on(streams.close()).unwrap();
+}
+
+#[test]
+fn a_class_that_is_too_slow_is_torn_down_and_one_that_does_not_listen_is_killed() {
+    let place = Place::new();
+    let limited = |method: &str| place.named(&format!("Odd.{method}")).timeout(Duration::from_millis(500));
+    // Nothing that the class does may swallow what asks it to end.
+    for method in ["test_long", "test_greedy"] {
+        let outcome = place.run(limited(method));
+        assert_eq!((outcome.kind, outcome.phase), (OutcomeKind::TimedOut, Some(Phase::Run)), "{outcome}");
+        let ends = [OutcomeKind::Passed, OutcomeKind::TimedOut, OutcomeKind::Passed];
+        let all = [Phase::Setup, Phase::Run, Phase::Teardown];
+        assert_eq!(phases(&outcome), all.into_iter().zip(ends).collect::<Vec<_>>(), "{outcome}");
+        assert!(outcome.stdout().ends_with("torn down\n"), "{outcome}");
+        assert!(
+            outcome.detail.contains(" still ran after its limit of 0.5 s and was terminated: "),
+            "{outcome}"
+        );
+        let raised =
+            format!("Odd.{method} raised Terminated: the block was asked to end (signal 15) (classes.py:");
+        assert!(outcome.detail.contains(&raised), "{outcome}");
+    }
+    let outcome = place.run(limited("test_deaf").grace(Duration::from_millis(100)));
+    assert_eq!((outcome.kind, outcome.phase), (OutcomeKind::TimedOut, Some(Phase::Run)), "{outcome}");
+    assert!(outcome.detail.ends_with(" was killed; teardown was not run"), "{outcome}");
+    assert_eq!((outcome.stdout().as_str(), outcome.signal()), ("", Some(9)), "{outcome}");
+    // The first to fail decides, and a tear-down that dies on the way is told.
+    let outcome = place.run(limited("test_long").param("crash", true));
+    assert_eq!((outcome.kind, outcome.phase), (OutcomeKind::TimedOut, Some(Phase::Run)), "{outcome}");
+    let last = outcome.phases.last().map(|end| (end.phase, end.outcome));
+    assert_eq!(last, Some((Phase::Teardown, OutcomeKind::Killed)), "{outcome}");
 }
 
 #[millstream::block]

@@ -160,7 +160,7 @@ impl Lab {
         Agent::start(host.namespace(), host.address(), &certificate, &self.directory.path().join(host.name()))
     }
 
-    /// Starts an agent on one host whose programs, and those of its blocks, are looked up in one directory alone.
+    /// Starts an agent on one host whose programs, and those of its blocks, are looked up in another `PATH`.
     ///
     /// # Panics
     /// When it does not start.

@@ -43,12 +43,28 @@ pub fn grpcurl() -> PathBuf {
     if let Some(path) = env::var_os("GRPCURL") {
         return PathBuf::from(path);
     }
-    let this = env::current_exe().expect("the system knows the program's path");
-    let below_target = this.ancestors().map(|directory| directory.join("tools/grpcurl/bin/grpcurl"));
-    below_target
+    below_target("tools/grpcurl/bin/grpcurl")
         .chain(on_path("grpcurl"))
         .find(|path| path.is_file())
         .expect("no grpcurl: run integration-tests/setup, or name one with GRPCURL")
+}
+
+/// The directory with a `python3` that has Avocado: put below `target/tools` by `integration-tests/setup`.
+///
+/// # Panics
+/// When it is nowhere.
+#[must_use]
+pub fn avocado_programs() -> PathBuf {
+    below_target("tools/avocado/bin")
+        .find(|programs| programs.join("avocado").is_file())
+        .expect("no Avocado below target/tools: run integration-tests/setup")
+}
+
+/// Where something may lie below the directory that cargo builds in.
+fn below_target(path: &'static str) -> impl Iterator<Item = PathBuf> {
+    let this = env::current_exe().expect("the system knows the program's path");
+    let directories: Vec<PathBuf> = this.ancestors().map(|directory| directory.join(path)).collect();
+    directories.into_iter()
 }
 
 /// A program on the `PATH`.

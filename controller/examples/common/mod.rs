@@ -8,9 +8,10 @@ use millstream::{Params, Streams, StreamsBuilder, blocking::block_on};
 /// The arguments that all examples take.
 #[derive(Debug, Parser)]
 pub(crate) struct Place {
-    /// A file that says where the streams are; on this machine when not given.
+    /// A file that says where the streams are; on this machine when not given. May be given again: a later file adds to
+    /// those before it and has the last word.
     #[arg(long)]
-    streams: Option<PathBuf>,
+    streams: Vec<PathBuf>,
     /// Where results go.
     #[arg(long, default_value = "results")]
     results: PathBuf,
@@ -20,10 +21,7 @@ impl Place {
     /// Begins to open the streams of a test.
     pub(crate) fn builder(&self, test: &str) -> millstream::Result<StreamsBuilder> {
         let builder = Streams::builder(test).results_dir(&self.results);
-        Ok(match &self.streams {
-            Some(path) => builder.params(Params::load(path)?),
-            None => builder,
-        })
+        Ok(if self.streams.is_empty() { builder } else { builder.params(Params::load_all(&self.streams)?) })
     }
 }
 

@@ -25,6 +25,15 @@ fn every_example_runs_on_this_machine() {
     let told = run("stress", &[]);
     assert!(told.contains("the stressor was stopped"), "{told}");
     check_python_examples(run);
+    // Of several files the last one has the last word.
+    let file = |name: &str, server: &str| {
+        let path = directory.path().join(name);
+        std::fs::write(&path, format!("streams: {{client: local, server: '{server}'}}\n")).unwrap();
+        path
+    };
+    let (lab, mine) = (file("lab.yaml", "tls://nowhere.invalid"), file("mine.yaml", "local"));
+    let told = run("client_server", &["--streams", tools::text(&lab), "--streams", tools::text(&mine)]);
+    assert!(told.contains("the server answers: hello"), "{told}");
 }
 
 /// Both run classes of a Python file that lies beside them.
