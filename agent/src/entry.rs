@@ -11,13 +11,14 @@ use std::{
     io::{self, Write as _},
     os::unix::{
         ffi::OsStrExt as _,
-        fs::{OpenOptionsExt as _, PermissionsExt as _},
+        fs::{OpenOptionsExt as _, PermissionsExt as _, symlink},
         process::CommandExt as _,
     },
     path::{Path, PathBuf},
     process::{self, Command, ExitCode},
 };
 
+use millstream_common::sync_client::command::main as sync_command;
 use serde::{Deserialize, Serialize};
 
 /// Names the role. Every variable that belongs to the entry begins with these words or with `MILLSTREAM_ARG`.
@@ -138,19 +139,24 @@ impl Relaunch {
         command
     }
 
-    /// Writes the in-block command into `bin_directory`: a shell script that passes its arguments on by the environment
-    /// and becomes this program.
+    /// Puts the in-block command into `bin_directory`. A program that has its command line to itself is the command under
+    /// another name, so that hosts without a shell have it too; for all others a shell script passes its arguments on by
+    /// the environment and becomes the program.
     ///
     /// # Errors
     /// When the file cannot be written.
     pub fn write_sync_command(&self, bin_directory: &Path) -> io::Result<PathBuf> {
         let path = bin_directory.join(SYNC_COMMAND);
         let fresh = bin_directory.join(format!(".{SYNC_COMMAND}.new"));
-        let mut file =
-            fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o755).open(&fresh)?;
-        file.write_all(&self.sync_script())?;
-        file.set_permissions(fs::Permissions::from_mode(0o755))?;
-        drop(file);
+        // Left by a supervisor that died here.
+        let _absent = fs::remove_file(&fresh);
+        if self.arguments.is_empty() && !self.moved_output {
+            symlink(&self.program, &fresh)?;
+        } else {
+            let mut file = fs::OpenOptions::new().write(true).create_new(true).mode(0o755).open(&fresh)?;
+            file.write_all(&self.sync_script())?;
+            file.set_permissions(fs::Permissions::from_mode(0o755))?;
+        }
         fs::rename(&fresh, &path)?;
         Ok(path)
     }
@@ -245,7 +251,10 @@ pub fn dispatch() -> Option<ExitCode> {
 /// As [`dispatch`], for a program whose Rust functions can be blocks: `block` runs one of them.
 #[must_use]
 pub fn dispatch_with(block: Option<Hook>) -> Option<ExitCode> {
-    let word = env::var_os(ROLE_VARIABLE)?;
+    let Some(word) = env::var_os(ROLE_VARIABLE) else {
+        let command = started_as(SYNC_COMMAND);
+        return command.then(|| sync_command(env::args_os().skip(1)));
+    };
     let role = Role::parse(&word);
     let moved = env::var_os(MOVED_VARIABLE).is_some();
     let arguments = take_arguments();
@@ -260,7 +269,7 @@ pub fn dispatch_with(block: Option<Hook>) -> Option<ExitCode> {
     let hook: Option<Hook> = match role {
         Role::Supervisor => Some(crate::supervisor::main),
         Role::Shim => Some(crate::supervisor::shim::main),
-        Role::Sync => Some(millstream_common::sync_client::command::main),
+        Role::Sync => Some(sync_command),
         Role::Child => {
             // As this process was started, so can others be.
             let again = env::current_exe().map(|program| Relaunch {
@@ -283,6 +292,11 @@ pub fn dispatch_with(block: Option<Hook>) -> Option<ExitCode> {
         return Some(ExitCode::from(EXIT_UNUSABLE));
     };
     Some(hook(arguments))
+}
+
+/// Whether this program was started under a name.
+fn started_as(name: &str) -> bool {
+    env::args_os().next().is_some_and(|program| Path::new(&program).file_name() == Some(OsStr::new(name)))
 }
 
 /// As [`dispatch_with`], for an entry inside a test harness: when a role was run, the process ends here, so that the
@@ -413,11 +427,15 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn the_in_block_command_is_an_executable_file() {
+    fn the_in_block_command_is_the_program_itself_or_a_script_behind_a_harness() {
         let directory = tempfile::tempdir().unwrap();
         let path = Relaunch::of_program("/opt/it's here/agent").write_sync_command(directory.path()).unwrap();
+        assert_eq!(fs::read_link(&path).unwrap(), Path::new("/opt/it's here/agent"));
+
+        let behind = Relaunch::of_test_binary("/opt/it's here/test", "tests::entry");
+        assert_eq!(behind.write_sync_command(directory.path()).unwrap(), path);
         let text = fs::read_to_string(&path).unwrap();
-        assert!(text.ends_with("exec '/opt/it'\\''s here/agent'\n"), "{text}");
-        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o755);
+        assert!(text.contains("\nexec '/opt/it'\\''s here/test' '--exact' 'tests::entry' "), "{text}");
+        assert_eq!(fs::symlink_metadata(&path).unwrap().permissions().mode() & 0o777, 0o755);
     }
 }

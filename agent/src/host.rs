@@ -18,7 +18,9 @@ pub fn facts() -> v1::HostFacts {
         hostname: text(system.nodename()),
         kernel: format!("{} {}", text(system.sysname()), text(system.release())),
         architecture: text(system.machine()),
-        distribution: distribution(&fs::read_to_string("/etc/os-release").unwrap_or_default()),
+        // An empty container has no such file.
+        distribution: fs::read_to_string("/etc/os-release")
+            .map_or_else(|_| "unknown distribution".to_owned(), |text| distribution(&text)),
         processors_count: processors(),
         memory_bytes: memory("MemTotal:"),
         boot_id: fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default().trim().to_owned(),

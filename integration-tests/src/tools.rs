@@ -19,6 +19,23 @@ pub fn agent_program() -> PathBuf {
     beside_this_program("agent-under-test")
 }
 
+/// The agent as one static file, with the profile of the tests: the one named by `MILLSTREAM_STATIC_AGENT`, else the one
+/// that `deploy/build-static` has made.
+///
+/// # Panics
+/// When neither is there.
+#[must_use]
+pub fn static_agent_program() -> PathBuf {
+    if let Some(path) = env::var_os("MILLSTREAM_STATIC_AGENT") {
+        return PathBuf::from(path);
+    }
+    let this = env::current_exe().expect("the system knows the program's path");
+    this.ancestors()
+        .map(|directory| directory.join("static/millstream-agent"))
+        .find(|path| path.is_file())
+        .expect("no static agent: run `deploy/build-static --profile dev`")
+}
+
 /// A program of this package, built by cargo into the same directory as (or the one above) this test or benchmark.
 ///
 /// # Panics

@@ -40,6 +40,9 @@ use crate::{
 /// Notices of supervisors that wait for the door: each session has at most three in its life.
 const NOTICES_COUNT_MAX: usize = limits::SESSIONS_COUNT_MAX * 4;
 
+/// What is needed of a host beside a kernel: processes to be seen, an empty input for blocks, random numbers.
+const NEEDED: [&str; 4] = ["/proc/self/exe", "/dev/null", "/dev/random", "/dev/urandom"];
+
 /// What the door needs to be told.
 #[derive(Debug, Clone)]
 pub struct DoorConfig {
@@ -58,6 +61,12 @@ pub struct DoorConfig {
 /// Why the door does not open.
 #[derive(Debug, thiserror::Error)]
 pub enum DoorError {
+    /// What the kernel gives to everybody is not mounted here: a bare `chroot`.
+    #[error("there is no `{path}` here: mount /proc and /dev, as every container engine does")]
+    Bare {
+        /// What was missed first.
+        path: &'static str,
+    },
     /// The state directory cannot be used.
     #[error("failed to use the state directory `{}`: {}; make it writable for this user, or set `state_directory` to another", path.display(), millstream_common::tls::reason(source))]
     State {
@@ -111,8 +120,11 @@ impl Door {
     /// Prepares everything but listening: takes the state directory, finds what an earlier agent has left.
     ///
     /// # Errors
-    /// When the state directory cannot be used, or another agent uses it.
+    /// When /proc or /dev is not mounted, the state directory cannot be used, or another agent uses it.
     pub async fn open(config: DoorConfig, world: World) -> Result<Self, DoorError> {
+        if let Some(path) = NEEDED.into_iter().find(|path| !Path::new(path).exists()) {
+            return Err(DoorError::Bare { path });
+        }
         let state_error = |source| DoorError::State { path: config.state.clone(), source };
         status::prepare_state(&config.state).map_err(state_error)?;
         let lock = lock_state(&config.state)?;
