@@ -1,6 +1,5 @@
 //! The command line of the agent: what each command does, in one place; how it does it lies in other rooms.
 
-mod relay;
 mod status;
 
 use std::{
@@ -21,10 +20,11 @@ use tracing_subscriber::EnvFilter;
 
 use crate::{
     child::{self, ChildError},
-    config::{CONFIG_PATH, Config, ConfigError, UNIX_SOCKET},
+    config::{CONFIG_PATH, Config, ConfigError},
     door::{Door, DoorConfig, DoorError, Supervisors, base_environment, reload},
     entry::Relaunch,
     pki::{self, Authority, CERTIFICATE_LIFE, PkiError, Wanted},
+    stdio::{Relay, RelayError},
 };
 
 /// Variable that says what is logged, such as `debug` or `millstream_agent=trace`.
@@ -44,7 +44,7 @@ struct CommandLine {
 enum Command {
     /// Serve controllers until stopped.
     Serve(Serve),
-    /// Relay standard input and output to the agent on this host.
+    /// Relay standard input and output to the agent on this host, or to one that is started on demand.
     Stdio(Stdio),
     /// Make and show certificates.
     #[command(subcommand)]
@@ -62,9 +62,15 @@ struct Serve {
 
 #[derive(Debug, Args)]
 struct Stdio {
-    /// Unix socket of the running agent.
-    #[arg(long, value_name = "PATH", default_value = UNIX_SOCKET)]
-    socket: PathBuf,
+    /// Unix socket of a running agent, which alone is meant. Without it: the system's, else one that is started on demand.
+    #[arg(long, value_name = "PATH")]
+    socket: Option<PathBuf>,
+    /// How long an agent that is started on demand stays when nobody uses it.
+    #[arg(long, value_name = "SPAN", value_parser = humantime::parse_duration, default_value = "10s")]
+    idle: Duration,
+    /// What the first line of the output says behind `millstream-stdio`, instead of `ready`.
+    #[arg(long, value_name = "WORD")]
+    greeting: Option<String>,
     /// Be an agent of its own, on a socket in `--directory`, until standard input ends.
     #[arg(long, requires = "directory")]
     child: bool,
@@ -151,7 +157,7 @@ enum RunError {
     #[error(transparent)]
     Pki(#[from] PkiError),
     #[error(transparent)]
-    Relay(#[from] relay::RelayError),
+    Relay(#[from] RelayError),
     #[error(transparent)]
     Status(#[from] status::StatusError),
     #[error("failed to {attempt}: {}", millstream_common::tls::reason(source))]
@@ -307,11 +313,9 @@ impl Stdio {
                 Ok(child::run(&directory, relaunch)?)
             }
             _ => {
-                let runtime = runtime(1)?;
-                let relayed = runtime.block_on(relay::run(&self.socket));
-                // A thread that waits in a read of standard input would hold the runtime for ever.
-                runtime.shutdown_background();
-                Ok(relayed?)
+                let relaunch = Relaunch::of_this_program().map_err(system("find this program's own path"))?;
+                let Self { socket, idle, greeting, .. } = self;
+                Ok(Relay { socket, idle, greeting, relaunch }.run()?)
             }
         }
     }

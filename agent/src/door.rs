@@ -37,16 +37,18 @@ use tokio_util::task::TaskTracker;
 use tonic::Status;
 use tracing::{error, info, warn};
 
+pub(crate) use self::opening::{Ending, STATE_PATH_BYTES_MAX};
+use self::{
+    acceptor::Places,
+    status::{DiskUse, LastErrors},
+    store::Store,
+    supervisors::{Kept, Notice, SessionDirectory, StartError, Starter, Supervised},
+};
 pub use self::{
     acceptor::{Connection, Listener},
     admission::Admission,
     opening::{Door, DoorConfig, DoorError, base_environment},
     supervisors::{StartSupervisor, Starting, Supervisors},
-};
-use self::{
-    status::{DiskUse, LastErrors},
-    store::Store,
-    supervisors::{Kept, Notice, SessionDirectory, StartError, Starter, Supervised},
 };
 use crate::{
     session::{Action, Asking, Event, OpenRefusal, Sessions, Ticket},
@@ -82,6 +84,7 @@ pub(crate) struct Shared {
     supervised: Mutex<BTreeMap<SessionId, Arc<Slot>>>,
     notices: mpsc::Sender<(SessionId, Notice)>,
     status_changed: watched::Sender<u64>,
+    places: Arc<Places>,
     tracker: TaskTracker,
     /// This agent's control group, claimed for as long as it lives.
     _claim: Option<Claim>,

@@ -1,4 +1,4 @@
-//! How this program starts itself again in another role: supervisor, shim, child agent, in-block command, block.
+//! How this program starts itself again in another role: supervisor, shim, agent, relay, in-block command, block.
 //!
 //! A role and its arguments travel in the environment, never on the command line: the program may be a test binary whose
 //! own command line belongs to its test harness. Nothing here knows what a role does.
@@ -51,11 +51,16 @@ pub enum Role {
     Child,
     /// One registered Rust function of this program.
     Block,
+    /// The relay to the agent of this host.
+    Stdio,
+    /// The agent that such a relay has started.
+    OnDemand,
 }
 
 impl Role {
     /// Every role.
-    pub const ALL: [Self; 5] = [Self::Supervisor, Self::Shim, Self::Sync, Self::Child, Self::Block];
+    pub const ALL: [Self; 7] =
+        [Self::Supervisor, Self::Shim, Self::Sync, Self::Child, Self::Block, Self::Stdio, Self::OnDemand];
 
     /// The role as it stands in the environment.
     #[must_use]
@@ -66,6 +71,8 @@ impl Role {
             Self::Sync => "sync",
             Self::Child => "child",
             Self::Block => "block",
+            Self::Stdio => "stdio",
+            Self::OnDemand => "on-demand",
         }
     }
 
@@ -270,21 +277,9 @@ pub fn dispatch_with(block: Option<Hook>) -> Option<ExitCode> {
         Role::Supervisor => Some(crate::supervisor::main),
         Role::Shim => Some(crate::supervisor::shim::main),
         Role::Sync => Some(sync_command),
-        Role::Child => {
-            // As this process was started, so can others be.
-            let again = env::current_exe().map(|program| Relaunch {
-                program,
-                arguments: env::args_os().skip(1).collect(),
-                moved_output: moved,
-            });
-            return Some(match again {
-                Ok(again) => crate::child::main(arguments, again),
-                Err(error) => {
-                    complain(&format!("this program's own path cannot be found: {error}"));
-                    ExitCode::from(EXIT_UNUSABLE)
-                }
-            });
-        }
+        Role::Child => return Some(with_itself(moved, arguments, crate::child::main)),
+        Role::Stdio => return Some(with_itself(moved, arguments, crate::stdio::main)),
+        Role::OnDemand => return Some(with_itself(moved, arguments, crate::on_demand::main)),
         Role::Block => block,
     };
     let Some(hook) = hook else {
@@ -297,6 +292,24 @@ pub fn dispatch_with(block: Option<Hook>) -> Option<ExitCode> {
 /// Whether this program was started under a name.
 fn started_as(name: &str) -> bool {
     env::args_os().next().is_some_and(|program| Path::new(&program).file_name() == Some(OsStr::new(name)))
+}
+
+/// Runs a role that starts this program again: as this process was started, so can others be.
+fn with_itself(
+    moved_output: bool,
+    arguments: Vec<OsString>,
+    role: fn(Vec<OsString>, Relaunch) -> ExitCode,
+) -> ExitCode {
+    match env::current_exe() {
+        Ok(program) => {
+            let own_arguments = env::args_os().skip(1).collect();
+            role(arguments, Relaunch { program, arguments: own_arguments, moved_output })
+        }
+        Err(error) => {
+            complain(&format!("this program's own path cannot be found: {error}"));
+            ExitCode::from(EXIT_UNUSABLE)
+        }
+    }
 }
 
 /// As [`dispatch_with`], for an entry inside a test harness: when a role was run, the process ends here, so that the

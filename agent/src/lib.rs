@@ -6,6 +6,8 @@ pub mod config;
 pub mod door;
 pub mod entry;
 pub mod host;
+pub mod on_demand;
 pub mod pki;
 pub mod session;
+pub mod stdio;
 pub mod supervisor;

@@ -195,6 +195,12 @@ impl Sessions {
         self.sessions.iter().map(|(id, session)| (*id, session))
     }
 
+    /// Whether nothing runs in any session, and nothing will: of those that there are, only the results are kept.
+    #[must_use]
+    pub fn all_settled(&self) -> bool {
+        self.sessions.values().all(|session| session.stage == Stage::Settled)
+    }
+
     /// Why nothing new is taken, if so.
     #[must_use]
     pub fn draining(&self) -> Option<&str> {

@@ -10,6 +10,9 @@ pub const PROTOCOL_MAX: u32 = 1;
 pub const VERSION: &str = env!("CARGO_PKG_VERSION");
 /// Features that an agent of this build has and that a controller may require by name; in alphabetical order.
 pub const FEATURES: &[&str] = &["archive-offset", "hold", "relay-replay", "secret-files"];
+/// First word of the line with which a relay of standard input and output begins; a word that the dialling end gave, or
+/// `ready`, follows. What was printed before, by a login shell for example, is noise.
+pub const GREETING: &str = "millstream-stdio";
 
 /// What one end speaks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

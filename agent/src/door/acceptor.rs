@@ -23,7 +23,7 @@ use millstream_common::{
 use tokio::{
     io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, ReadBuf},
     net::{TcpListener, TcpStream, UnixListener, UnixStream},
-    sync::{OwnedSemaphorePermit, Semaphore, mpsc},
+    sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch},
     time::{sleep, timeout},
 };
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
@@ -208,8 +208,10 @@ fn handshake_reason(error: &io::Error) -> String {
 
 /// The places that connections take.
 #[derive(Debug)]
-struct Places {
+pub(crate) struct Places {
     all: Arc<Semaphore>,
+    /// How many of these are taken, for who waits until none is.
+    taken: watch::Sender<usize>,
     /// Those that have not finished their handshake.
     greeting: Arc<Semaphore>,
     by_address: Mutex<HashMap<IpAddr, AddressUse>>,
@@ -231,12 +233,18 @@ struct Place {
 }
 
 impl Places {
-    fn new() -> Arc<Self> {
+    pub(crate) fn new() -> Arc<Self> {
         Arc::new(Self {
             all: Arc::new(Semaphore::new(limits::CONNECTIONS_COUNT_MAX)),
+            taken: watch::Sender::new(0),
             greeting: Arc::new(Semaphore::new(limits::HANDSHAKES_COUNT_MAX)),
             by_address: Mutex::default(),
         })
+    }
+
+    /// How many connections there are, now and later.
+    pub(crate) fn taken(&self) -> watch::Receiver<usize> {
+        self.taken.subscribe()
     }
 
     /// Takes a place, or tells which limit was reached.
@@ -257,6 +265,7 @@ impl Places {
             used.connections += 1;
             used.greeting += 1;
         }
+        self.taken.send_modify(|count| *count += 1);
         Ok(Place { places: Arc::clone(self), address, greeting: Some(greeting), _one: one })
     }
 
@@ -285,6 +294,7 @@ impl Place {
 impl Drop for Place {
     fn drop(&mut self) {
         self.greeted();
+        self.places.taken.send_modify(|count| *count -= 1);
         if let Some(address) = self.address {
             self.places.give_back(address, |used| used.connections -= 1);
         }
@@ -295,14 +305,14 @@ impl Drop for Place {
 /// returns the channel's other end, for connections that are made elsewhere.
 pub(crate) fn accept(
     listeners: Vec<Listener>,
+    places: &Arc<Places>,
     stop: &CancellationToken,
     tracker: &TaskTracker,
 ) -> (mpsc::Sender<Connection>, mpsc::Receiver<Connection>) {
     let (accepted, incoming) = mpsc::channel(ACCEPTED_COUNT_MAX);
-    let places = Places::new();
     for listener in listeners {
         let acceptor =
-            Acceptor { places: Arc::clone(&places), accepted: accepted.clone(), stop: stop.clone() };
+            Acceptor { places: Arc::clone(places), accepted: accepted.clone(), stop: stop.clone() };
         tracker.spawn(acceptor.run(listener));
     }
     (accepted, incoming)
@@ -493,7 +503,8 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let stop = CancellationToken::new();
-        let (accepted, incoming) = accept(vec![Listener::Loopback(listener)], &stop, &TaskTracker::new());
+        let (accepted, incoming) =
+            accept(vec![Listener::Loopback(listener)], &Places::new(), &stop, &TaskTracker::new());
         Bench { address, _accepted: accepted, incoming, stop }
     }
 

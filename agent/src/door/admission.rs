@@ -185,7 +185,7 @@ mod tests {
     use crate::{
         door::{
             Listener,
-            acceptor::{Connection, accept},
+            acceptor::{Connection, Places, accept},
         },
         pki::{Authority, Issued, Wanted},
     };
@@ -230,7 +230,8 @@ mod tests {
             let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
             let address = listener.local_addr().unwrap();
             let listeners = vec![Listener::Tls(listener, Arc::clone(&admission))];
-            let (accepted, incoming) = accept(listeners, &CancellationToken::new(), &TaskTracker::new());
+            let (accepted, incoming) =
+                accept(listeners, &Places::new(), &CancellationToken::new(), &TaskTracker::new());
             Self { directory, authority, agent, admission, address, incoming, _accepted: accepted }
         }
 

@@ -5,6 +5,7 @@ use std::{
     os::unix::fs::OpenOptionsExt as _,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, atomic::AtomicU64},
+    time::Duration,
 };
 
 use millstream_common::{clock::World, id::SessionId, limits, pipe, protocol, text::printable};
@@ -17,7 +18,7 @@ use tracing::warn;
 
 use super::{
     SERVED, Shared, Supervisors,
-    acceptor::{self, Connection, Listener},
+    acceptor::{self, Connection, Listener, Places},
     identity,
     service::Service,
     status::{self, LastErrors},
@@ -172,6 +173,7 @@ impl Door {
             supervised: Mutex::default(),
             notices: notices_in,
             status_changed: watched::Sender::new(0),
+            places: Places::new(),
             tracker: TaskTracker::new(),
             _claim: claim,
         });
@@ -193,7 +195,7 @@ impl Door {
     ) -> Result<(), DoorError> {
         let Self { shared, _lock, mut notices } = self;
         let tracker = shared.tracker.clone();
-        let (accepted, incoming) = acceptor::accept(listeners, &shutdown, &tracker);
+        let (accepted, incoming) = acceptor::accept(listeners, &shared.places, &shutdown, &tracker);
         made_elsewhere(accepted);
         let noticing = {
             let shared = Arc::clone(&shared);
@@ -234,19 +236,41 @@ impl Door {
         served
     }
 
-    /// Ends every session: for an agent whose one controller is gone.
+    /// For an agent that ends when its one controller is gone, or when nobody uses it.
     pub(crate) fn ending(&self) -> Ending {
         Ending { shared: Arc::clone(&self.shared) }
     }
 }
 
-/// Ends all sessions of a door that serves.
+/// Tells whether anybody uses a door that serves, and ends all its sessions.
 #[derive(Debug, Clone)]
 pub(crate) struct Ending {
     shared: Arc<Shared>,
 }
 
 impl Ending {
+    /// Whether there is neither a connection nor a session that runs, or could run, anything.
+    pub(crate) fn is_unused(&self) -> bool {
+        *self.shared.places.taken().borrow() == 0 && self.shared.sessions().all_settled()
+    }
+
+    /// Waits until the door was not used for a while.
+    pub(crate) async fn unused_for(&self, span: Duration) {
+        let mut taken = self.shared.places.taken();
+        let mut sessions = self.shared.status_changes();
+        loop {
+            // The counter lives as long as this handle: none of these waits can fail.
+            drop(taken.wait_for(|count| *count == 0).await);
+            sessions.borrow_and_update();
+            let is_unused = self.is_unused();
+            tokio::select! {
+                _ = taken.wait_for(|count| *count > 0) => {}
+                _ = sessions.changed() => {}
+                () = tokio::time::sleep(span), if is_unused => return,
+            }
+        }
+    }
+
     /// Closes every session and waits until all that belongs to them is gone.
     pub(crate) async fn close_all(&self) -> Vec<String> {
         self.shared.tell(Event::DrainBegan { reason: "the agent is ending".to_owned() });
@@ -287,7 +311,7 @@ fn limits_word(source: LimitsSource) -> &'static str {
 
 /// Path of a state directory. The system takes 107 bytes for the path of a socket, and a block's needs 69 of them:
 /// `/sessions/`, 36 digits, `/sync/`, 12 digits, `.sock`.
-const STATE_PATH_BYTES_MAX: usize = 107 - 69;
+pub(crate) const STATE_PATH_BYTES_MAX: usize = 107 - 69;
 
 /// Takes the state directory for this process alone.
 fn lock_state(state: &Path) -> Result<fs::File, DoorError> {

@@ -15,6 +15,7 @@ mod lab;
 mod logs;
 mod look;
 mod nested;
+mod on_demand;
 mod static_agent;
 mod support;
 mod sync;
