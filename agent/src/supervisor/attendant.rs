@@ -132,6 +132,7 @@ pub(crate) struct Attendant {
     spec: Arc<TaskSpec>,
     secret_files: Vec<ShippedFile>,
     directory: PathBuf,
+    has_spare: bool,
     spool: SharedSpool,
     staged: Option<Staged>,
 }
@@ -152,17 +153,18 @@ struct Staged {
 }
 
 impl Attendant {
-    /// Starts to attend to a task that was accepted.
+    /// Starts to attend to a task that was accepted. `has_spare`: its directory was another task's.
     pub(crate) fn start(
         around: Arc<Surroundings>,
         task: TaskId,
         spec: Arc<TaskSpec>,
         secret_files: Vec<ShippedFile>,
+        has_spare: bool,
         spool: SharedSpool,
     ) -> mpsc::Sender<Action> {
         let (orders, received) = mpsc::channel(ORDERS_COUNT_MAX);
         let directory = task_dir(&around.session_dir, task);
-        let attendant = Self { around, task, spec, secret_files, directory, spool, staged: None };
+        let attendant = Self { around, task, spec, secret_files, directory, has_spare, spool, staged: None };
         drop(tokio::spawn(attendant.run(received)));
         orders
     }

@@ -88,6 +88,8 @@ struct Task {
     /// To its attendant, once there is one and as long as there is.
     orders: Option<mpsc::Sender<Action>>,
     secret_files: Vec<millstream_common::spec::ShippedFile>,
+    /// Whether its directory was another task's, with what is made in one.
+    has_spare: bool,
     spool: SharedSpool,
     end: Option<Box<v1::TaskEnd>>,
     changed_ns: u64,
@@ -492,7 +494,7 @@ impl Session {
         let orders = task.orders.get_or_insert_with(|| {
             let secret_files = std::mem::take(&mut task.secret_files);
             let (around, spec, spool) = (self.around.clone(), task.spec.clone(), task.spool.clone());
-            Attendant::start(around, id, spec, secret_files, spool)
+            Attendant::start(around, id, spec, secret_files, task.has_spare, spool)
         });
         if let Err(refused) = orders.try_send(action) {
             // Only signals can be so many: everything else is ordered one after another.

@@ -3,7 +3,13 @@
 mod fixture;
 mod phases;
 
-use std::{collections::BTreeSet, fs, os::unix::fs::PermissionsExt as _, process::Command, time::Duration};
+use std::{
+    collections::BTreeSet,
+    fs,
+    os::unix::fs::{MetadataExt as _, PermissionsExt as _},
+    process::Command,
+    time::Duration,
+};
 
 use millstream_common::{
     id::StreamName,
@@ -70,6 +76,33 @@ async fn fifty_tasks_run_one_after_another() {
         }
         let expected: String = (0..50).map(|number| format!("begin {number}\nend {number}\n")).collect();
         assert_eq!(fs::read_to_string(&path).unwrap(), expected);
+        fixture.close().await;
+    }
+}
+
+#[tokio::test]
+async fn directories_of_released_tasks_serve_those_that_come() {
+    for containment in containments() {
+        let mut fixture = Fixture::new(containment).await;
+        let mut seen = BTreeSet::new();
+        // A directory is emptied beside everything else, and nobody is told when that is done.
+        let is_used_again = async {
+            for _ in 0..100 {
+                let task = fixture.start(&script("ls -A")).await;
+                let work = attendant::task_dir(&fixture.config.session_dir, task).join("work");
+                assert_eq!(fixture.end_of(task).await.outcome, OutcomeKind::Passed);
+                assert_eq!(fixture.log(task, LogChannel::Stdout), "", "nothing of another task is there");
+                // The number of an inode may be given again; when it was made then is another time.
+                let found = fs::metadata(work).unwrap();
+                let is_new = seen.insert((found.ino(), found.created().unwrap()));
+                fixture.ask(Ask::Release(ReleaseTasks { task_ids: vec![task.to_string()] })).await;
+                if !is_new {
+                    return true;
+                }
+            }
+            false
+        };
+        assert!(is_used_again.await, "{containment:?}");
         fixture.close().await;
     }
 }

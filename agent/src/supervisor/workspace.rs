@@ -24,10 +24,7 @@ use rustix::{
 };
 
 pub use super::blobs::Owner;
-use super::{
-    blobs::{BlobError, Blobs, create_file},
-    spares::Spares,
-};
+use super::blobs::{BlobError, Blobs, create_file};
 
 /// Why a task's directories could not be made, packed or removed.
 #[derive(Debug, thiserror::Error)]
@@ -160,9 +157,9 @@ pub struct Workspace {
 }
 
 impl Workspace {
-    /// Makes the directories of a task below `task_dir`, which is made too unless it is there, or takes a spare, and puts
-    /// the shipped files in place. With an `owner`, everything that the block may write to belongs to that user; directories above
-    /// `task_dir` must let the user pass.
+    /// Makes the directories of a task below `task_dir`, which is made too unless it is there, and puts the shipped files in
+    /// place. One that `has_spare` has them already. With an `owner`, which no spare has, everything that the block may write
+    /// to belongs to that user; directories above `task_dir` must let the user pass.
     ///
     /// # Errors
     /// When anything cannot be put in place. What was made so far is removed.
@@ -171,7 +168,7 @@ impl Workspace {
         spec: &TaskSpec,
         secret_files: &[ShippedFile],
         blobs: &Blobs,
-        spares: &Spares,
+        has_spare: bool,
         owner: Option<Owner>,
     ) -> Result<Self, WorkspaceError> {
         let mut workspace = Self {
@@ -184,7 +181,6 @@ impl Workspace {
             working_directory: PathBuf::new(),
             variables: variables(task_dir, spec, secret_files),
         };
-        let has_spare = owner.is_none() && spares.claim(task_dir);
         if !has_spare {
             // Before anything can be cleared again: a directory that is there already belongs to somebody else.
             make_directory(&workspace.work, 0o755, owner)?;

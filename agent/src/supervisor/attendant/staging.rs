@@ -92,13 +92,14 @@ impl Attendant {
             |file: &ShippedFile| !matches!(file.source, FileSource::Blob(_)) || file.mode & 0o111 != 0;
         let all = || self.spec.files.iter().chain(&secret_files);
         let made = if all().count() <= QUICK_FILES_COUNT_MAX && all().all(is_small) {
-            let (blobs, spares) = (&self.around.blobs, &self.around.spares);
-            Workspace::create(&self.directory, &self.spec, &secret_files, blobs, spares, owner)
+            let blobs = &self.around.blobs;
+            Workspace::create(&self.directory, &self.spec, &secret_files, blobs, self.has_spare, owner)
         } else {
             let (directory, spec, blobs) =
                 (self.directory.clone(), self.spec.clone(), self.around.blobs.clone());
-            let spares = self.around.spares.clone();
-            let making = move || Workspace::create(&directory, &spec, &secret_files, &blobs, &spares, owner);
+            let has_spare = self.has_spare;
+            let making =
+                move || Workspace::create(&directory, &spec, &secret_files, &blobs, has_spare, owner);
             tokio::task::spawn_blocking(making).await.unwrap_or_else(|error| {
                 let source = io::Error::other(error);
                 Err(WorkspaceError::Directory { path: self.directory.clone(), source })

@@ -69,6 +69,7 @@ impl Session {
                 digest,
                 orders: None,
                 secret_files: Vec::new(),
+                has_spare: false,
                 spool: SharedSpool::default(),
                 end: Some(Box::new(end)),
                 changed_ns: self.around.world.clock.wall_ns(),

@@ -113,7 +113,7 @@ impl Session {
         let encoded = wire.encode_to_vec();
         let spec = TaskSpec::try_from(wire).map_err(invalid)?;
         let secret_files = secret_files_in(start.secret_files).map_err(invalid)?;
-        self.keep_spec(id, &encoded).map_err(|error| {
+        let has_spare = self.keep_spec(id, &spec, &encoded).map_err(|error| {
             (Code::Unavailable, format!("the task cannot be kept in the session's directory: {error}"))
         })?;
         let (stream, number, previous) = (spec.stream.clone(), spec.stream_number, start.previous_number);
@@ -123,6 +123,7 @@ impl Session {
             digest: start.spec_sha256,
             orders: None,
             secret_files,
+            has_spare,
             spool: SharedSpool::default(),
             end: None,
             changed_ns: self.around.world.clock.wall_ns(),
@@ -135,19 +136,24 @@ impl Session {
         Ok(start_reply(state, true))
     }
 
-    /// Keeps the specification, so that whoever finds the directory knows what the task was.
-    fn keep_spec(&self, id: TaskId, encoded: &[u8]) -> io::Result<()> {
+    /// Gives the task a directory and keeps the specification there, so that whoever finds it knows what the task was.
+    /// Whether it is a spare, with directories in it. Those of a task that runs as another user must belong to that user.
+    fn keep_spec(&self, id: TaskId, spec: &TaskSpec, encoded: &[u8]) -> io::Result<bool> {
         use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
         let directory = task_dir(&self.config.session_dir, id);
-        match fs::DirBuilder::new().mode(0o711).create(&directory) {
-            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
-            _ => {}
+        let has_spare = spec.user.is_none() && self.around.spares.claim(&directory);
+        if !has_spare {
+            match fs::DirBuilder::new().mode(0o711).create(&directory) {
+                Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
+                _ => {}
+            }
         }
         let path = directory.join(SPEC_FILE);
         self.around.host.disk.admit(&path, encoded.len())?;
         let mut file =
             fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(path)?;
-        io::Write::write_all(&mut file, encoded)
+        io::Write::write_all(&mut file, encoded)?;
+        Ok(has_spare)
     }
 
     fn signal(&mut self, signal: &SignalTask) -> Answer {

@@ -15,6 +15,7 @@ use millstream_common::{
 };
 
 use super::*;
+use crate::supervisor::spares::Spares;
 
 struct Host {
     dir: tempfile::TempDir,
@@ -34,7 +35,8 @@ impl Host {
     }
 
     fn create(&self, spec: &TaskSpec) -> Result<Workspace, WorkspaceError> {
-        Workspace::create(&self.task(), spec, &[], &self.blobs, &self.spares, None)
+        let has_spare = self.spares.claim(&self.task());
+        Workspace::create(&self.task(), spec, &[], &self.blobs, has_spare, None)
     }
 
     fn put(&self, content: &[u8]) -> BlobDigest {
@@ -147,7 +149,7 @@ fn files_of_every_source_are_put_in_place() {
         link("lib/a/b/also", "lib/data"),
     ];
     let workspace =
-        Workspace::create(&host.task(), &spec(files), &[secret], &host.blobs, &host.spares, None).unwrap();
+        Workspace::create(&host.task(), &spec(files), &[secret], &host.blobs, false, None).unwrap();
     let work = workspace.work();
     assert_eq!(mode(&work.join("bin/tool")), 0o555);
     assert_eq!(mode(&work.join("lib/data")), 0o644);
@@ -269,8 +271,7 @@ fn another_user_gets_what_it_may_write_to() {
     let mut private = inline("sub/p");
     (private.place, private.mode) = (FilePlace::Private, 0o600);
     let spec = spec(vec![inline("dir/file"), private]);
-    let workspace =
-        Workspace::create(&host.task(), &spec, &[], &host.blobs, &host.spares, Some(owner)).unwrap();
+    let workspace = Workspace::create(&host.task(), &spec, &[], &host.blobs, false, Some(owner)).unwrap();
     for path in ["work", "work/dir", "work/dir/file", "output", "private", "private/sub/p", "whiteboard"] {
         let meta = fs::symlink_metadata(host.task().join(path)).unwrap();
         assert_eq!((meta.uid(), meta.gid()), (65534, 65534), "{path}");
