@@ -345,6 +345,7 @@ impl SyncClient {
             client: self.clone(),
             topic: topic.to_owned(),
             next_index: from_index,
+            once: false,
             stream: None,
             ready: Vec::new().into_iter(),
         }
@@ -451,12 +452,15 @@ pub struct Subscription {
     client: SyncClient,
     topic: String,
     next_index: u64,
+    /// How the stream was asked for.
+    once: bool,
     stream: Option<Streaming<v1::SubscribeResponse>>,
     ready: std::vec::IntoIter<v1::TopicValue>,
 }
 
 impl Subscription {
-    /// The next value; none when the controller has ended the topic.
+    /// The next value; none when the controller has ended the topic. The block may do something else meanwhile, so it
+    /// counts as one that could still publish or come to a barrier.
     ///
     /// # Errors
     /// When nobody answers any more, or no other task is left that could publish.
@@ -464,7 +468,43 @@ impl Subscription {
     /// # Cancel safety
     /// Nothing is lost when the future is dropped.
     pub async fn next(&mut self) -> Result<Option<TopicValue>, SyncError> {
+        self.advance(false).await
+    }
+
+    /// As [`Subscription::next`], for a block that does nothing else meanwhile: blocks that wait for each other's values
+    /// are told.
+    ///
+    /// # Errors
+    /// When nobody answers any more, or no task is left that could publish.
+    ///
+    /// # Cancel safety
+    /// Nothing is lost when the future is dropped.
+    pub async fn wait_next(&mut self) -> Result<Option<TopicValue>, SyncError> {
+        self.advance(true).await
+    }
+
+    /// The values that are there, from the next index on: waits for the first of them as [`Subscription::wait_next`].
+    ///
+    /// # Errors
+    /// When nobody answers any more, or no task is left that could publish.
+    ///
+    /// # Cancel safety
+    /// Nothing is lost when the future is dropped.
+    pub async fn wait_batch(&mut self) -> Result<Vec<TopicValue>, SyncError> {
+        let first = self.wait_next().await?;
+        let values = first.into_iter().chain(self.ready.by_ref().map(value)).collect::<Vec<_>>();
+        self.next_index = values.last().map_or(self.next_index, |last| last.index + 1);
+        Ok(values)
+    }
+
+    async fn advance(&mut self, once: bool) -> Result<Option<TopicValue>, SyncError> {
         let mut attempt = 1;
+        // Of a stream that was asked for once, the end says nothing about the topic.
+        let mut asked = false;
+        if self.once != once && self.ready.as_slice().is_empty() {
+            self.stream = None;
+            self.once = once;
+        }
         loop {
             if let Some(next) = self.ready.next() {
                 self.next_index = next.index + 1;
@@ -473,8 +513,9 @@ impl Subscription {
             let answer = match &mut self.stream {
                 Some(stream) => stream.message().await,
                 None => {
+                    asked = true;
                     let request =
-                        v1::SubscribeRequest { topic: self.topic.clone(), from_index: self.next_index };
+                        v1::SubscribeRequest { topic: self.topic.clone(), from_index: self.next_index, once };
                     match self.client.client.clone().subscribe(request).await {
                         Ok(answer) => {
                             self.stream = Some(answer.into_inner());
@@ -489,6 +530,7 @@ impl Subscription {
                     attempt = 1;
                     self.ready = batch.values.into_iter();
                 }
+                Ok(None) if once && !asked => self.stream = None,
                 Ok(None) => return Ok(None),
                 Err(status) if may_answer_later(&status) && attempt < ATTEMPTS_COUNT_MAX => {
                     // Whatever came before is not asked for again: the next index is known.

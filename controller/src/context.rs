@@ -26,6 +26,8 @@ use serde_json::{Map, Value};
 pub struct BlockContext {
     task: TaskId,
     stream: StreamName,
+    /// The block's own thread.
+    thread: thread::ThreadId,
     output: PathBuf,
     whiteboard: PathBuf,
     parameters_file: PathBuf,
@@ -142,6 +144,7 @@ impl BlockContext {
         Ok(Self {
             task: text("MILLSTREAM_TASK")?.parse()?,
             stream: text("MILLSTREAM_STREAM")?.parse()?,
+            thread: thread::current().id(),
             output: variable("MILLSTREAM_OUTPUT")?,
             whiteboard: variable("MILLSTREAM_WHITEBOARD")?,
             parameters_file: variable("MILLSTREAM_PARAMS")?,
@@ -296,13 +299,18 @@ impl BlockContext {
     /// The values of a topic from the first on, those that come later included. Not to be used inside an asynchronous
     /// runtime: each step holds the thread.
     ///
+    /// On the thread that the block's function runs on, the block waits for each value, as by [`BlockContext::wait`]: blocks
+    /// that wait for each other's values are told at once. On another thread it listens, and may do something else
+    /// meanwhile.
+    ///
     /// # Errors
     /// When the agent cannot be reached. The iterator ends with an error when no other task is left that could publish.
     pub fn subscribe<T: DeserializeOwned>(
         &self,
         topic: &str,
     ) -> Result<impl Iterator<Item = Result<T, ContextError>>, ContextError> {
-        let values = self.sync()?.subscribe(topic, 0);
+        let own = self.thread;
+        let values = self.sync()?.subscribe(topic, 0, move || thread::current().id() == own);
         Ok(values.map(move |value| read_value(topic, value?)))
     }
 

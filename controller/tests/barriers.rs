@@ -4,7 +4,9 @@
 
 use std::time::Duration;
 
-use millstream::{BlockContext, BlockResult, OutcomeKind, Parties, Phase, Streams, StreamsBuilder, shell};
+use millstream::{
+    BlockContext, BlockResult, OutcomeKind, Parties, Phase, Streams, StreamsBuilder, python, shell,
+};
 
 millstream::entry!();
 
@@ -56,6 +58,59 @@ async fn main_meets_all_streams_and_a_named_subset_meets_beside_them() {
     let met = streams.barrier("everybody", Parties::all().and(1)).await.unwrap();
     assert_eq!(met.parties.len(), 4, "{met:?}");
     streams.wait().await.unwrap();
+}
+
+#[tokio::test]
+async fn python_counts_as_everybody_else_does() {
+    let stream = |builder: StreamsBuilder, name: &str| builder.stream(name, "local://");
+    let (streams, _results) = open_with(|builder| ["a", "b", "c"].into_iter().fold(builder, stream));
+    let says = "import millstream; print(len(millstream.barrier(NAME, PARTIES)['parties']))";
+    let python = |name: &str, parties: &str| {
+        python(says.replace("NAME", &format!("{name:?}")).replace("PARTIES", parties))
+    };
+    let everybody = streams.all().run_bg(python("everybody", "'all+1'"));
+    assert_eq!(streams.barrier("everybody", Parties::all().and(1)).await.unwrap().parties.len(), 4);
+    let group = streams.select("[ab]").unwrap().run_bg(python("group", "None"));
+    let counted = streams.select("[bc]").unwrap().run_bg(python("counted", "2"));
+    streams.wait().await.unwrap();
+    for (tasks, parties) in [(everybody, "4\n"), (group, "2\n"), (counted, "2\n")] {
+        for task in tasks {
+            assert_eq!(task.outcome().await.stdout(), parties);
+        }
+    }
+}
+
+/// Hears what is said to it, and nothing else.
+#[millstream::block]
+fn hear(ctx: &mut BlockContext, topic: String) -> BlockResult {
+    for value in ctx.subscribe::<String>(&topic)? {
+        ctx.whiteboard(value?)?;
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn those_who_wait_for_each_others_values_are_told_in_every_language() {
+    let (streams, _results) = open_with(|builder| builder);
+    let run = |name: &str, block: millstream::Block| streams.get(name).unwrap().run_bg(block);
+    let by_python =
+        "import millstream\nfor value in millstream.subscribe('python'): millstream.whiteboard(value)";
+    let by_shell = "from=0; while value=$(millstream-sync subscribe shell --once --from $from); do \
+        millstream-sync whiteboard \"$value\"; from=$((from + 1)); done; exit 1";
+    let tasks = [run("a", hear("rust".to_owned())), run("b", python(by_python)), run("c", shell(by_shell))];
+    let speak = "for topic in rust python shell; do millstream-sync publish $topic hello; done";
+    run("d", shell(speak));
+    let report = streams.wait().await.unwrap_err();
+    assert!(report.to_string().contains(" wait for each other in a circle: "), "{report}");
+    for task in tasks {
+        let outcome = task.outcome().await;
+        assert_eq!(
+            (outcome.kind, outcome.whiteboard().as_str()),
+            (OutcomeKind::Failed, "hello\n"),
+            "{outcome}"
+        );
+        assert!(outcome.stderr().contains(" has 1 value and gets no more: "), "{outcome}");
+    }
 }
 
 #[tokio::test]

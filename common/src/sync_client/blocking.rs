@@ -82,10 +82,12 @@ impl SyncClient {
     }
 
     /// The values of a topic from an index on, those that come later included. Ends with the controller or the topic.
+    /// `waits` is asked at each step whether the block does nothing else until the next value comes.
     pub fn subscribe(
         &self,
         topic: &str,
         from_index: u64,
+        waits: impl Fn() -> bool,
     ) -> impl Iterator<Item = Result<TopicValue, SyncError>> {
         let mut subscription = self.client.subscribe(topic, from_index);
         let mut over = false;
@@ -93,7 +95,10 @@ impl SyncClient {
             if over {
                 return None;
             }
-            let next = self.runtime.block_on(subscription.next()).transpose();
+            let next = self.runtime.block_on(async {
+                if waits() { subscription.wait_next().await } else { subscription.next().await }
+            });
+            let next = next.transpose();
             over = !matches!(next, Some(Ok(_)));
             next
         })

@@ -30,7 +30,9 @@ Usage: millstream-sync [--json] COMMAND
   wait TOPIC [COUNT] [--timeout 60]
                              wait for the first COUNT values (1); prints them, one a line
   get TOPIC                  print the values that are there
-  subscribe TOPIC [--from 0] print the values and those that come later; 1 when no other task is left to publish
+  subscribe TOPIC [--from 0] [--once]
+                             print the values and those that come later, while the block may do something else; with
+                             --once wait for the next ones, print them and end; 1 when no other task is left to publish
   abort NAME REASON          break a barrier for everybody
   whiteboard [TEXT | -]      add a line to the task's whiteboard, or print it
   list                       print every barrier and topic
@@ -159,7 +161,7 @@ enum Command {
     Publish { topic: String, value: String },
     Wait { topic: String, count: u32, timeout: Option<Duration> },
     Get { topic: String },
-    Subscribe { topic: String, from: u64 },
+    Subscribe { topic: String, from: u64, once: bool },
     Abort { name: String, reason: String },
     Whiteboard { text: Option<String> },
     List,
@@ -172,7 +174,7 @@ fn usage(problem: impl Into<String>) -> CommandError {
 fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Parsed, CommandError> {
     let mut words: Vec<String> = Vec::new();
     let mut options: Vec<(&'static str, String)> = Vec::new();
-    let (mut json, mut help, mut plain) = (false, false, false);
+    let (mut json, mut help, mut plain, mut once) = (false, false, false, false);
     let mut arguments = arguments.into_iter();
     while let Some(argument) = arguments.next() {
         let argument = argument
@@ -187,6 +189,7 @@ fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Parsed, Comman
             _ if plain => words.push(argument),
             "--" => plain = true,
             "--json" => json = true,
+            "--once" => once = true,
             "--help" | "-h" => help = true,
             name if let Some(name) = known.into_iter().find(|known| *known == name) => {
                 let next = || arguments.next().and_then(|value| value.into_string().ok());
@@ -194,18 +197,22 @@ fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Parsed, Comman
                 options.push((name, value));
             }
             name if name.starts_with("--") => {
-                let near = text::nearest(name, known.into_iter().chain(["--json"]));
+                let near = text::nearest(name, known.into_iter().chain(["--json", "--once"]));
                 let hint = near.map_or_else(String::new, |near| format!(", perhaps {near} was meant"));
                 return Err(usage(format!("option {name} is unknown{hint}")));
             }
             _ => words.push(argument),
         }
     }
-    let command = if help { Command::Help } else { understand(words, &options)? };
+    let command = if help { Command::Help } else { understand(words, &options, once)? };
     Ok(Parsed { json, command })
 }
 
-fn understand(words: Vec<String>, options: &[(&'static str, String)]) -> Result<Command, CommandError> {
+fn understand(
+    words: Vec<String>,
+    options: &[(&'static str, String)],
+    once: bool,
+) -> Result<Command, CommandError> {
     let mut words = words.into_iter();
     let command = words.next().ok_or_else(|| usage("a command is missing"))?;
     let allowed: &[&str] = match command.as_str() {
@@ -216,6 +223,9 @@ fn understand(words: Vec<String>, options: &[(&'static str, String)]) -> Result<
     };
     if let Some((name, _)) = options.iter().find(|(name, _)| !allowed.contains(name)) {
         return Err(usage(format!("`{command}` takes no {name}")));
+    }
+    if once && command != "subscribe" {
+        return Err(usage(format!("`{command}` takes no --once")));
     }
     let option =
         |wanted: &str| options.iter().rev().find(|(name, _)| *name == wanted).map(|(_, value)| value);
@@ -242,6 +252,7 @@ fn understand(words: Vec<String>, options: &[(&'static str, String)]) -> Result<
             from: option("--from").map_or(Ok(0), |value| {
                 value.parse().map_err(|_| usage(format!("--from is an index from 0, not `{value}`")))
             })?,
+            once,
         },
         "abort" => Command::Abort { name: needed("the name of a barrier")?, reason: needed("a reason")? },
         "whiteboard" => Command::Whiteboard { text: words.next() },
@@ -360,7 +371,12 @@ fn call(client: &SyncClient, command: Command, print: &mut Print<'_>) -> Result<
             let values = client.get(&topic)?;
             print(&|out| values.iter().try_for_each(|value| print_value(out, value)), values_json(&values))
         }
-        Command::Subscribe { topic, from } => {
+        Command::Subscribe { topic, from, once: true } => {
+            let (runtime, calls) = client.parts();
+            let values = runtime.block_on(calls.subscribe(&topic, from).wait_batch())?;
+            print(&|out| values.iter().try_for_each(|value| print_value(out, value)), values_json(&values))
+        }
+        Command::Subscribe { topic, from, once: false } => {
             let (runtime, calls) = client.parts();
             let mut values = calls.subscribe(&topic, from);
             loop {
@@ -506,82 +522,4 @@ fn hex(bytes: &[u8]) -> String {
 }
 
 #[cfg(test)]
-mod tests {
-    use expect_test::{Expect, expect};
-
-    use super::*;
-
-    fn check(line: &str, expected: &Expect) {
-        let parsed = parse(line.split_whitespace().map(OsString::from));
-        let told = match parsed {
-            Ok(parsed) => format!("{:?}{}", parsed.command, if parsed.json { " as json" } else { "" }),
-            Err(error) => error.sentence(),
-        };
-        expected.assert_eq(&told);
-    }
-
-    #[test]
-    fn a_barrier_is_understood() {
-        check(
-            "barrier setup 2 --timeout 1.5 --json --payload=x",
-            &expect![[
-                r#"Barrier { name: "setup", parties: Count(2), timeout: Some(1.5s), payload: Some("x") } as json"#
-            ]],
-        );
-        check(
-            "--json barrier all --timeout 2m",
-            &expect![[
-                r#"Barrier { name: "all", parties: Group { more: 0 }, timeout: Some(120s), payload: None } as json"#
-            ]],
-        );
-        check(
-            "barrier -- --odd-name",
-            &expect![[
-                r#"Barrier { name: "--odd-name", parties: Group { more: 0 }, timeout: None, payload: None }"#
-            ]],
-        );
-    }
-
-    #[test]
-    fn what_is_wrong_is_said_with_what_would_be_right() {
-        check("", &expect!["a command is missing: see `millstream-sync --help`"]);
-        check(
-            "barier x",
-            &expect![
-                "command `barier` is unknown, perhaps `barrier` was meant: see `millstream-sync --help`"
-            ],
-        );
-        check(
-            "barrier x 0",
-            &expect![
-                "the number of parties is 1 to 100,000, `group` or `all`, or one of these with more, such as `all+1`, not `0`: see `millstream-sync --help`"
-            ],
-        );
-        check(
-            "barrier x --timout 3",
-            &expect!["option --timout is unknown, perhaps --timeout was meant: see `millstream-sync --help`"],
-        );
-        check("barrier x --timeout", &expect!["--timeout needs a value: see `millstream-sync --help`"]);
-        check(
-            "barrier x --timeout -3",
-            &expect![
-                "--timeout is seconds, or like 2m 30s, of at most 7 days, not `-3`: see `millstream-sync --help`"
-            ],
-        );
-        check("publish x", &expect!["`publish` needs a value: see `millstream-sync --help`"]);
-        check("get x --timeout 3", &expect!["`get` takes no --timeout: see `millstream-sync --help`"]);
-        check("get x y", &expect!["`get` does not take `y` as well: see `millstream-sync --help`"]);
-    }
-
-    #[test]
-    fn wrong_usage_is_exit_code_2_and_said_to_programs_too() {
-        let (mut out, mut err) = (Vec::new(), Vec::new());
-        let code = run(["--json", "nonsense"].map(OsString::from), &mut out, &mut err);
-        assert_eq!(code, 2);
-        assert!(
-            String::from_utf8(err).unwrap().starts_with("millstream-sync: command `nonsense` is unknown")
-        );
-        let told: Value = serde_json::from_slice(&out).unwrap();
-        assert_eq!(told["error"]["kind"], "usage");
-    }
-}
+mod tests;

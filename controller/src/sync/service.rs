@@ -202,7 +202,8 @@ impl SyncService for Service {
     ) -> Result<Response<Self::SubscribeStream>, Status> {
         let (caller, message) = take(request)?;
         let topic = topic_name(&message.topic)?;
-        let reader = Reader { service: self.clone(), caller, topic, next_index: message.from_index };
+        let v1::SubscribeRequest { from_index: next_index, once, .. } = message;
+        let reader = Reader { service: self.clone(), caller, topic, next_index, once };
         Ok(Response::new(Box::pin(Batches { reader: Some(reader), next: None })))
     }
 
@@ -257,14 +258,17 @@ struct Reader {
     caller: Caller,
     topic: TopicName,
     next_index: u64,
+    /// Whether the first values are all that it wants, and nothing else is done meanwhile.
+    once: bool,
 }
 
 impl Reader {
     /// The next values: at least one. Waits until there are some.
     async fn next(&mut self) -> Result<v1::SubscribeResponse, Status> {
+        let wanted = if self.once { Wanted::Next } else { Wanted::From };
         let request = board::Request::Await {
             topic: self.topic.clone(),
-            wanted: Wanted::From(self.next_index),
+            wanted: wanted(self.next_index),
             timeout: limits::WAIT_MAX,
         };
         match self.service.ask(&self.caller, request).await? {
@@ -279,7 +283,7 @@ impl Reader {
 
 type NextBatch = Pin<Box<dyn Future<Output = (Reader, Result<v1::SubscribeResponse, Status>)> + Send>>;
 
-/// The batches of a subscription as a stream, which ends with the first error.
+/// The batches of a subscription as a stream, which ends with the first error, or with the first batch when that is all.
 struct Batches {
     reader: Option<Reader>,
     next: Option<NextBatch>,
@@ -301,7 +305,7 @@ impl Stream for Batches {
         let Some(next) = &mut self.next else { return std::task::Poll::Ready(None) };
         next.as_mut().poll(context).map(|(reader, batch)| {
             self.next = None;
-            self.reader = batch.is_ok().then_some(reader);
+            self.reader = (batch.is_ok() && !reader.once).then_some(reader);
             Some(batch)
         })
     }

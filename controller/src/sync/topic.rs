@@ -121,8 +121,11 @@ pub enum Action {
 pub enum Wanted {
     /// The first so many: at least 1.
     First(u64),
-    /// Those from an index on: at least one of them. What a subscription waits for.
+    /// Those from an index on: at least one of them. What a subscription waits for, whose reader may do something else
+    /// meanwhile.
     From(u64),
+    /// The same for a reader that does nothing else.
+    Next(u64),
 }
 
 impl Wanted {
@@ -131,13 +134,19 @@ impl Wanted {
     pub fn count(self) -> u64 {
         match self {
             Self::First(count) => count,
-            Self::From(index) => index.saturating_add(1),
+            Self::From(index) | Self::Next(index) => index.saturating_add(1),
         }
     }
 
-    /// Whether a subscription waits: its reader may do something else meanwhile.
+    /// Whether a subscription waits, for values of which none has come.
     #[must_use]
     pub fn is_subscription(self) -> bool {
+        !matches!(self, Self::First(_))
+    }
+
+    /// Whether whoever waits may do something else meanwhile.
+    #[must_use]
+    pub fn listens(self) -> bool {
         matches!(self, Self::From(_))
     }
 }
@@ -220,7 +229,7 @@ impl Topics {
                         Wanted::First(count) => {
                             format!("topic `{}` has {have} of {count} values: {sentence}", wait.topic)
                         }
-                        Wanted::From(_) => {
+                        Wanted::From(_) | Wanted::Next(_) => {
                             let have = usize::try_from(have).unwrap_or(usize::MAX);
                             let have = millstream_common::text::counted(have, "value");
                             format!("topic `{}` has {have} and gets no more: {sentence}", wait.topic)

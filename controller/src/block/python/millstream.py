@@ -14,6 +14,7 @@ import fnmatch
 import json
 import os
 import subprocess
+import threading
 
 __all__ = [
     "BarrierBroken", "Error", "Params", "TimedOut", "abort", "barrier", "get", "output_dir", "param", "params", "publish",
@@ -101,9 +102,27 @@ def get(topic):
 def subscribe(topic, start=0):
     """The values of a topic from index `start` on, one after the other, those that come later included.
 
+    On the main thread the block waits for each value, as by `wait`: blocks that wait for each other's values are told at
+    once. On another thread it listens, and may do something else meanwhile.
+
     Raises BarrierBroken when no other task is left that could publish more.
     """
-    process = _start(["subscribe", "--from", str(int(start)), "--", topic], stdin=subprocess.DEVNULL)
+    start = int(start)
+    if threading.current_thread() is not threading.main_thread():
+        for value in _listen(topic, start):
+            yield value
+        return
+    while True:
+        values = _call(["subscribe", "--once", "--from", str(start), "--", topic])["values"]
+        if not values:
+            return
+        start += len(values)
+        for value in values:
+            yield _value(value, "value")
+
+
+def _listen(topic, start):
+    process = _start(["subscribe", "--from", str(start), "--", topic], stdin=subprocess.DEVNULL)
     try:
         for line in process.stdout:
             answer = json.loads(line.decode("utf-8"))

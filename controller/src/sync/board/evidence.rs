@@ -142,7 +142,7 @@ impl Board {
     fn doing(&self, task: TaskId, now: Instant) -> String {
         let Some(task) = self.tasks.get(&task) else { return "has ended".to_owned() };
         // What it only listens to says the least.
-        let listens = |call: &CallId| self.topics.awaited(*call).is_some_and(|w| w.wanted.is_subscription());
+        let listens = |call: &CallId| self.topics.awaited(*call).is_some_and(|w| w.wanted.listens());
         let call = task.calls.iter().find(|call| !listens(call)).or(task.calls.first());
         let waits = call.and_then(|call| {
             let place = self.calls.get(call)?;

@@ -50,6 +50,8 @@ enum Step {
     Await(String, String, u64),
     /// Who subscribes to which topic, from which index on.
     Listen(String, String, u64),
+    /// The same, and does nothing else until the next value is there.
+    Next(String, String, u64),
     /// Who gives up its last call, and whether the link took it.
     Leave(String, bool),
     Suspend(String),
@@ -84,6 +86,9 @@ fn waits_for(who: &str, topic: &str, count: u64) -> Step {
 }
 fn listens(who: &str, topic: &str, from: u64) -> Step {
     Step::Listen(who.into(), topic.into(), from)
+}
+fn waits_next(who: &str, topic: &str, from: u64) -> Step {
+    Step::Next(who.into(), topic.into(), from)
 }
 fn publish(who: &str, topic: &str) -> Step {
     Step::Publish(who.into(), topic.into(), None)
@@ -132,6 +137,11 @@ impl Script {
         self.names.insert(call, who.to_owned());
         self.open.insert(call, who.to_owned());
         Event::Asked { call, speaker: speaker(who), request }
+    }
+
+    fn awaits(&mut self, who: &str, topic: &str, wanted: Wanted, seconds: u64) -> Event {
+        let topic = TopicName::new(topic).unwrap();
+        self.asked(who, Request::Await { topic, wanted, timeout: Duration::from_secs(seconds) })
     }
 
     fn event(&mut self, step: &Step) -> Event {
@@ -197,22 +207,9 @@ impl Script {
                     token: token.as_deref().map(Into::into),
                 },
             ),
-            Step::Await(who, topic, count) => self.asked(
-                who,
-                Request::Await {
-                    topic: TopicName::new(topic).unwrap(),
-                    wanted: Wanted::First(*count),
-                    timeout: Duration::from_secs(60),
-                },
-            ),
-            Step::Listen(who, topic, from) => self.asked(
-                who,
-                Request::Await {
-                    topic: TopicName::new(topic).unwrap(),
-                    wanted: Wanted::From(*from),
-                    timeout: Duration::from_secs(3600),
-                },
-            ),
+            Step::Await(who, topic, count) => self.awaits(who, topic, Wanted::First(*count), 60),
+            Step::Listen(who, topic, from) => self.awaits(who, topic, Wanted::From(*from), 3600),
+            Step::Next(who, topic, from) => self.awaits(who, topic, Wanted::Next(*from), 3600),
             Step::Leave(who, link_down) => {
                 let call = self.last_call.get(who).copied().unwrap_or(CallId(0));
                 self.open.remove(&call);

@@ -38,8 +38,8 @@ impl Board {
         match speaker {
             // A person who looks on is not told to go.
             Speaker::ByHand if wanted.is_subscription() => {}
-            Speaker::Main if wanted.is_subscription() => self.prospects.listener_came(wait, None),
-            Speaker::Task(task) if wanted.is_subscription() => {
+            Speaker::Main if wanted.listens() => self.prospects.listener_came(wait, None),
+            Speaker::Task(task) if wanted.listens() => {
                 self.prospects.listener_came(wait, Some(task));
             }
             Speaker::Main | Speaker::ByHand => self.prospects.wait_needs(wait, None, 1, false),
@@ -78,7 +78,7 @@ impl Board {
 
     fn values(&self, topic: &TopicName, wanted: Wanted) -> Answer {
         let (from, count) = match wanted {
-            Wanted::From(index) => (index, 1),
+            Wanted::From(index) | Wanted::Next(index) => (index, 1),
             Wanted::First(count) => (0, usize::try_from(count).unwrap_or(usize::MAX)),
         };
         let mut values = self.topics.values(topic, from, limits::SYNC_ANSWER_BYTES_MAX);

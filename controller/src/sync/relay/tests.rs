@@ -207,6 +207,34 @@ async fn a_subscriber_sees_each_value_once_across_a_broken_link() {
 }
 
 #[tokio::test]
+async fn a_subscriber_may_wait_or_listen_at_each_step() {
+    let lab = Lab::new();
+    let ((_, a), (_, b)) = (lab.task("a", 1), lab.task("b", 1));
+    let _wire = lab.link(false);
+    let (a, b) = (SyncClient::connect(a).await.unwrap(), SyncClient::connect(b).await.unwrap());
+    for value in ["zero", "one", "two"] {
+        b.publish("t", value).await.unwrap();
+    }
+    let mut values = a.subscribe("t", 0);
+    assert_eq!(values.wait_next().await.unwrap().unwrap().index, 0);
+    assert_eq!(values.next().await.unwrap().unwrap().index, 1);
+    let rest: Vec<u64> = values.wait_batch().await.unwrap().iter().map(|value| value.index).collect();
+    assert_eq!(rest, [2]);
+    let (next, _) = tokio::join!(values.wait_next(), b.publish("t", "three"));
+    assert_eq!(next.unwrap().unwrap().index, 3);
+    let (next, _) = tokio::join!(values.next(), b.publish("t", "four"));
+    assert_eq!(next.unwrap().unwrap().index, 4);
+    // One waits for the other, which waits for a value of the first: nobody is left who could publish.
+    lab.host.main_waiting(true);
+    let mut others = b.subscribe("u", 0);
+    let (first, second) = tokio::join!(values.wait_next(), others.wait_next());
+    for told in [first.unwrap_err(), second.unwrap_err()] {
+        let told = told.to_string();
+        assert!(told.contains("the tasks wait for each other in a circle: topic `"), "{told}");
+    }
+}
+
+#[tokio::test]
 async fn whoever_waits_is_told_when_the_controller_is_gone_for_good() {
     let lab = Lab::new();
     let (_, a) = lab.task("a", 1);

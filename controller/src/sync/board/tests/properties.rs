@@ -15,7 +15,9 @@ fn any_step() -> impl Strategy<Value = Step> {
         }),
         3 => task.clone().prop_map(|task| waits_for(task, "t", 3)),
         3 => (task.clone(), 0_u64..3).prop_map(|(task, from)| listens(task, "t", from)),
+        3 => (task.clone(), 0_u64..3).prop_map(|(task, from)| waits_next(task, "u", from)),
         2 => task.clone().prop_map(|task| publish(task, "t")),
+        1 => task.clone().prop_map(|task| publish(task, "u")),
         3 => task.clone().prop_map(passes),
         2 => task.clone().prop_map(fails),
         1 => Just(main_waits()),
@@ -69,7 +71,7 @@ impl Model {
         let calls: BTreeMap<&CallId, &Place> = board.calls.iter().collect();
         for (call, place) in calls {
             if let Wait::Topic(number) = place.wait {
-                let listens = board.topics.awaited(*call).unwrap().wanted.is_subscription();
+                let listens = board.topics.awaited(*call).unwrap().wanted.listens();
                 let inside = inside(&|other| matches!(other.wait, Wait::Topic(at) if at == number));
                 waits.push(ModelWait { need: 1, held: false, inside, listens });
             }
@@ -115,6 +117,7 @@ proptest! {
                 Step::Enter(who, ..)
                 | Step::Await(who, ..)
                 | Step::Listen(who, ..)
+                | Step::Next(who, ..)
                 | Step::Publish(who, ..) => Some(who),
                 Step::Ended(who, ..) => {
                     // A host tells ends in order.
@@ -131,7 +134,7 @@ proptest! {
                 let first = model.lines[&who[..1]].first() == Some(who);
                 let listens = |call: &CallId| {
                     let wait = script.board.topics.awaited(*call);
-                    wait.is_some_and(|wait| wait.wanted.is_subscription())
+                    wait.is_some_and(|wait| wait.wanted.listens())
                 };
                 if !first || !script.board.tasks[&id(who)].calls.iter().all(listens) {
                     continue;
@@ -149,6 +152,54 @@ proptest! {
             script.step(step);
             prop_assert_eq!(model.stuck(&script.board), 0, "after {:?}: {:#?}", step, script.told);
         }
+    }
+
+    /// Tasks that answer one another take turns as long as one of them can speak, and are all told when nobody can.
+    #[test]
+    fn those_who_only_answer_each_other_are_told_when_nobody_speaks(
+        topics in prop::collection::vec(0..5_usize, 2..6),
+        turns in 0..12_u64,
+    ) {
+        let mut script = board();
+        let names: Vec<String> = (0..topics.len()).map(|task| format!("s{task}/1")).collect();
+        for name in &names {
+            script.step(&Step::Scheduled(name.clone(), None, None));
+        }
+        // A value for everybody to begin with; each answers what it hears, for some turns.
+        let speaker = "starter/1";
+        script.step(&Step::Scheduled(speaker.into(), None, None));
+        script.step(&main_waits());
+        let (mut seen, mut counts, mut left) = (vec![0; names.len()], vec![0; 5], turns);
+        for (name, topic) in names.iter().zip(&topics) {
+            script.step(&waits_next(name, &topic.to_string(), 0));
+        }
+        for (topic, count) in counts.iter_mut().enumerate() {
+            script.step(&publish(speaker, &topic.to_string()));
+            *count += 1;
+        }
+        script.step(&passes(speaker));
+        while let Some(task) = (0..names.len()).find(|&task| seen[task] < counts[topics[task]]) {
+            prop_assert!(!script.told.iter().any(|told| told.contains("given up")), "{:#?}", script.told);
+            seen[task] = counts[topics[task]];
+            if left > 0 {
+                left -= 1;
+                let answer = topics[(task + 1) % topics.len()];
+                script.step(&publish(&names[task], &answer.to_string()));
+                counts[answer] += 1;
+            }
+            script.step(&waits_next(&names[task], &topics[task].to_string(), seen[task]));
+        }
+        // Those of one circle first; once they have failed, nobody is left for the others.
+        let mut unfinished = names.clone();
+        while !unfinished.is_empty() {
+            let open: Vec<String> = script.open.values().cloned().collect();
+            let (waiting, told): (Vec<_>, Vec<_>) = unfinished.into_iter().partition(|name| open.contains(name));
+            prop_assert!(!told.is_empty(), "{:?} wait in {:#?}", waiting, script.told);
+            told.iter().for_each(|name| script.step(&fails(name)));
+            unfinished = waiting;
+        }
+        let told = script.told.iter().filter(|told| told.contains("given up")).count();
+        prop_assert_eq!(told, names.len(), "{:#?}", script.told);
     }
 
     /// The count never gives up what could still have ended well: with enough tasks, everything is met.

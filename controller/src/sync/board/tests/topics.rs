@@ -139,6 +139,81 @@ fn two_that_listen_may_tell_each_other_something() {
 }
 
 #[test]
+fn two_that_wait_for_each_others_next_value_are_told_the_circle() {
+    check(
+        script(
+            tasks(&["a/1", "b/1", "c/1"]),
+            &[
+                main_waits(),
+                waits_next("a/1", "t", 0),
+                publish("b/1", "t"),
+                waits_next("b/1", "u", 0),
+                publish("c/1", "u"),
+                waits_next("a/1", "t", 1),
+                waits_next("b/1", "u", 1),
+                passes("c/1"),
+            ],
+        ),
+        &expect![[r#"
+            b/1: index 0
+            a/1: 1 values
+            c/1: index 0
+            b/1: 1 values
+            a/1: given up: topic `t` has 1 value and gets no more: the tasks wait for each other in a circle: topic `t` needs task 1-block on stream b, which waits at topic `u`; topic `u` needs task 1-block on stream a, which waits at topic `t`
+            b/1: given up: topic `u` has 1 value and gets no more: the tasks wait for each other in a circle: topic `t` needs task 1-block on stream b, which waits at topic `u`; topic `u` needs task 1-block on stream a, which waits at topic `t`
+        "#]],
+    );
+}
+
+#[test]
+fn workers_whose_producer_has_failed_are_told_of_it() {
+    let script = check(
+        script(
+            tasks(&["producer/1", "a/1", "b/1"]),
+            &[
+                main_waits(),
+                waits_next("a/1", "work", 0),
+                waits_next("b/1", "work", 0),
+                publish("producer/1", "work"),
+                waits_next("b/1", "work", 1),
+                fails_saying("producer/1", "no more disk"),
+                waits_next("a/1", "work", 1),
+            ],
+        ),
+        &expect![[r#"
+            producer/1: index 0
+            a/1: 1 values
+            b/1: 1 values
+            b/1: given up: topic `work` has 1 value and gets no more: the tasks wait for each other in a circle: topic `work` needs task 1-block on stream a, which waits at topic `work`; topic `work` needs task 1-block on stream b, which waits at topic `work`; nor can another that might have: task 1-block on stream producer failed with exit code 1, 0.0 s ago (last line: `no more disk`)
+            a/1: given up: topic `work` has 1 value and gets no more: the tasks wait for each other in a circle: topic `work` needs task 1-block on stream a, which waits at topic `work`; topic `work` needs task 1-block on stream b, which waits at topic `work`; nor can another that might have: task 1-block on stream producer failed with exit code 1, 0.0 s ago (last line: `no more disk`)
+        "#]],
+    );
+    assert_eq!(script.board.broken_by(id("a/1")).and_then(Culprit::task), Some(id("producer/1")));
+}
+
+#[test]
+fn one_that_listens_may_still_speak_to_one_that_waits() {
+    check(
+        script(
+            tasks(&["a/1", "b/1"]),
+            &[
+                main_waits(),
+                listens("a/1", "t", 0),
+                waits_next("b/1", "u", 0),
+                publish("a/1", "u"),
+                passes("a/1"),
+                waits_next("b/1", "u", 1),
+            ],
+        ),
+        &expect![[r#"
+            a/1: index 0
+            b/1: 1 values
+            b/1: given up: topic `u` has 1 value and gets no more: nobody is left who could publish: every other task that could have is over, the last was task 1-block on stream a passed, 0.0 s ago
+        "#]],
+    );
+}
+
+#[test]
 fn a_listener_goes_on_when_a_circle_is_broken() {
     check(
         [
