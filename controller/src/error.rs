@@ -3,6 +3,7 @@
 use std::{error::Error as StdError, fmt, sync::Arc};
 
 use crate::{
+    conformance::BrokenRules,
     outcome::{FailureReport, Outcome, ValueError},
     params::{GetParamError, ReadParamsError, SetParamError},
     results::WriteResultsError,
@@ -80,6 +81,9 @@ pub enum Error {
     /// Not everything was tidied.
     #[error(transparent)]
     Close(#[from] CloseError),
+    /// A reach is not sound.
+    #[error(transparent)]
+    Conformance(#[from] BrokenRules),
     /// The test's own reading or writing failed.
     #[error(transparent)]
     Io(#[from] std::io::Error),

@@ -31,7 +31,7 @@
 //! ```
 //!
 //! Where streams run is data: `MILLSTREAM_STREAMS=server=tls://foo.example.com,client=local` moves the test above to
-//! another host. See [`definition`] for files, and [`reach`] for places of your own.
+//! another host. See [`definition`] for files, [`reach`] for places of your own, and [`conformance`] for whether they are sound.
 //!
 //! # Bird's eye
 //!
@@ -49,6 +49,7 @@ extern crate self as millstream;
 pub mod alone;
 pub mod block;
 pub mod blocking;
+pub mod conformance;
 pub mod context;
 pub mod definition;
 mod driver;

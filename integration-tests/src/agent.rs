@@ -51,7 +51,7 @@ impl Agent {
         fs::create_dir_all(directory).expect("the lab's directory can be written");
         let address = SocketAddrV4::new(address, PORT);
         Self::start_with(
-            place,
+            Some(place),
             address,
             directory,
             &configuration(address, Some(tls), directory),
@@ -67,11 +67,26 @@ impl Agent {
     pub fn start_on_loopback(place: &Namespace, directory: &Path) -> Self {
         fs::create_dir_all(directory).expect("the lab's directory can be written");
         let address = SocketAddrV4::new(Ipv4Addr::LOCALHOST, PORT);
-        Self::start_with(place, address, directory, &configuration(address, None, directory), None)
+        Self::start_with(Some(place), address, directory, &configuration(address, None, directory), None)
+    }
+
+    /// As [`Agent::start`], in no namespace, and on its Unix socket alone: needs no root.
+    ///
+    /// # Panics
+    /// When it does not start; the message has its log.
+    #[must_use]
+    pub fn start_on_socket(directory: &Path) -> Self {
+        let yaml = format!(
+            "listen: []\nunix_socket: {}\nstate_directory: {}\n",
+            directory.join("agent.sock").display(),
+            directory.join("state").display()
+        );
+        let nowhere = SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, 0);
+        Self::start_with(None, nowhere, directory, &yaml, None)
     }
 
     fn start_with(
-        place: &Namespace,
+        place: Option<&Namespace>,
         address: SocketAddrV4,
         directory: &Path,
         configuration: &str,
@@ -146,7 +161,7 @@ impl Agent {
     /// # Panics
     /// When it does not start.
     pub fn restart(&mut self, place: &Namespace) {
-        self.child = launch(place, &self.directory, None);
+        self.child = launch(Some(place), &self.directory, None);
     }
 
     /// Asks it to end, as an init system does, and waits until it has.
@@ -200,7 +215,7 @@ fn configuration(address: SocketAddrV4, tls: Option<&Certificate>, directory: &P
 }
 
 /// Starts the program and waits for `READY=1` on its notification socket: the word an init system waits for.
-fn launch(place: &Namespace, directory: &Path, search_path: Option<&Path>) -> Child {
+fn launch(place: Option<&Namespace>, directory: &Path, search_path: Option<&Path>) -> Child {
     let notify = directory.join("notify.sock");
     // Left by the launch before this one.
     let _absent = fs::remove_file(&notify);
@@ -222,7 +237,11 @@ fn launch(place: &Namespace, directory: &Path, search_path: Option<&Path>) -> Ch
     if let Some(path) = search_path {
         command.env("PATH", path);
     }
-    let child = place.spawn(&mut command).expect("the agent's program can be started");
+    let child = match place {
+        Some(namespace) => namespace.spawn(&mut command),
+        None => command.spawn(),
+    };
+    let child = child.expect("the agent's program can be started");
     let mut word = [0; 256];
     loop {
         match socket.recv(&mut word) {

@@ -9,6 +9,7 @@ mod access;
 mod avocado;
 mod bad_input;
 mod barriers;
+mod conformance;
 mod crashes;
 mod examples;
 mod lab;
