@@ -1,6 +1,8 @@
 //! The command line of the agent: what each command does, in one place; how it does it lies in other rooms.
 
+mod dial;
 mod status;
+mod upkeep;
 
 use std::{
     env,
@@ -51,6 +53,12 @@ enum Command {
     Pki(Pki),
     /// Show what an agent does.
     Status(status::Status),
+    /// Take no new sessions, and let those that are open go on to their end.
+    Drain(upkeep::Drain),
+    /// Take sessions again.
+    Undrain(upkeep::Undrain),
+    /// Try again to end and remove what ended sessions have left behind.
+    Clean(upkeep::Clean),
 }
 
 #[derive(Debug, Args)]
@@ -160,6 +168,8 @@ enum RunError {
     Relay(#[from] RelayError),
     #[error(transparent)]
     Status(#[from] status::StatusError),
+    #[error(transparent)]
+    Upkeep(#[from] upkeep::UpkeepError),
     #[error("failed to {attempt}: {}", millstream_common::tls::reason(source))]
     System {
         attempt: &'static str,
@@ -179,7 +189,10 @@ pub fn run() -> ExitCode {
         Command::Serve(serve) => serve.run(),
         Command::Stdio(stdio) => stdio.run(),
         Command::Pki(pki) => pki.run(),
-        Command::Status(status) => runtime(1).and_then(|runtime| Ok(runtime.block_on(status.run())?)),
+        Command::Status(status) => run_alone(status.run()),
+        Command::Drain(drain) => run_alone(drain.run()),
+        Command::Undrain(undrain) => run_alone(undrain.run()),
+        Command::Clean(clean) => run_alone(clean.run()),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
@@ -189,6 +202,11 @@ pub fn run() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// Runs what is done when it is done.
+fn run_alone<E: Into<RunError>>(work: impl Future<Output = Result<(), E>>) -> Result<(), RunError> {
+    runtime(1)?.block_on(work).map_err(Into::into)
 }
 
 fn runtime(threads: usize) -> Result<tokio::runtime::Runtime, RunError> {

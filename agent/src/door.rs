@@ -14,8 +14,10 @@ pub(crate) mod service;
 pub mod status;
 pub(crate) mod store;
 pub(crate) mod supervisors;
+mod survivors;
 #[cfg(test)]
 mod tests;
+mod upkeep;
 pub mod uploads;
 pub(crate) mod watch;
 
@@ -30,7 +32,7 @@ use std::{
     time::Duration,
 };
 
-use millstream_common::{clock::World, id::SessionId, limits, text::printable};
+use millstream_common::{clock::World, id::SessionId, limits};
 use millstream_proto::v1;
 use tokio::sync::{Notify, OnceCell, mpsc, oneshot, watch as watched};
 use tokio_util::task::TaskTracker;
@@ -77,6 +79,8 @@ pub(crate) struct Shared {
     pub(crate) disk_use: Arc<DiskUse>,
     starter: Starter,
     sessions: Mutex<Sessions>,
+    /// What is kept about the host itself.
+    record: Mutex<survivors::Record>,
     /// Wakes the loop that tells the sessions about time.
     deadline_changed: Notify,
     askings: Mutex<BTreeMap<Ticket, oneshot::Sender<Result<Admitted, OpenRefusal>>>>,
@@ -294,14 +298,15 @@ impl Shared {
         let closing = tokio::spawn(async move {
             shared.tell(Event::Closing { session_id });
             let survivors = match shared.begun(session_id).await {
-                Some(supervised) => supervised.close().await,
+                Some(supervised) => {
+                    let told = supervised.close().await;
+                    shared.look_behind(&supervised, told.clone()).await;
+                    told
+                }
                 None => Vec::new(),
             };
             shared.supervised.lock().unwrap_or_else(PoisonError::into_inner).remove(&session_id);
             shared.make_space();
-            if !survivors.is_empty() {
-                shared.report_survivors(session_id, &survivors);
-            }
             shared.tell(Event::Closed { session_id });
             survivors
         });
@@ -312,17 +317,6 @@ impl Shared {
     fn make_space(&self) {
         let store = self.store.clone();
         self.tracker.spawn_blocking(move || store.session_ended());
-    }
-
-    fn report_survivors(&self, session_id: SessionId, survivors: &[String]) {
-        error!(session = %session_id, ?survivors, "not everything of a session could be removed");
-        let shown = survivors.join(", ");
-        self.last_errors.add(&*self.world.clock, &format!("session {session_id} left behind: {shown}"));
-        let mut all = self.sessions().survivors().to_vec();
-        all.extend(survivors.iter().map(|survivor| printable(survivor.as_bytes(), 256)));
-        // Enough to say that the host is not clean.
-        all.truncate(64);
-        self.tell(Event::LeftBehind { survivors: all });
     }
 
     /// Tells the sessions about time, exactly when it matters to them.

@@ -22,7 +22,9 @@ use std::{
 
 use millstream_common::{id::SessionId, limits};
 
-pub use words::{Access, Action, Asking, Event, Found, Key, KeyRefusal, OpenRefusal, Owner, Secret, Ticket};
+pub use words::{
+    Access, Action, Asking, Drain, Event, Found, Key, KeyRefusal, OpenRefusal, Owner, Secret, Ticket,
+};
 
 /// Where a session is in its life.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -97,7 +99,7 @@ pub struct Sessions {
     sessions: BTreeMap<SessionId, Session>,
     waiting: VecDeque<Waiter>,
     closed: VecDeque<SessionId>,
-    draining: Option<String>,
+    draining: Option<Drain>,
     survivors: Vec<String>,
 }
 
@@ -138,8 +140,9 @@ impl Sessions {
                     session.connections = change(session.connections, 1).unwrap_or(session.connections);
                 }
             }
-            Event::DrainBegan { reason } => self.drain(reason, actions),
-            Event::LeftBehind { survivors } => self.survivors = survivors,
+            Event::DrainBegan(drain) => self.drain(drain, actions),
+            Event::DrainEnded => self.draining = None,
+            Event::LeftBehind { survivors } => self.left_behind(survivors, actions),
             Event::TimePassed => {}
         }
         self.admit_waiting(now, actions);
@@ -203,8 +206,8 @@ impl Sessions {
 
     /// Why nothing new is taken, if so.
     #[must_use]
-    pub fn draining(&self) -> Option<&str> {
-        self.draining.as_deref()
+    pub fn draining(&self) -> Option<&Drain> {
+        self.draining.as_ref()
     }
 
     /// What could not be removed from this host.
@@ -262,13 +265,13 @@ impl Sessions {
         if asking.resume {
             return Some(OpenRefusal::Unknown);
         }
-        if let Some(reason) = &self.draining {
-            return Some(OpenRefusal::Draining { reason: reason.clone() });
+        if let Some(drain) = &self.draining {
+            return Some(OpenRefusal::Draining { drain: drain.clone() });
         }
         if asking.exclusive
-            && let Some(first) = self.survivors.first()
+            && let Some(refusal) = self.unclean()
         {
-            return Some(OpenRefusal::Unclean { count: self.survivors.len(), first: first.clone() });
+            return Some(refusal);
         }
         if self.sessions.len() + self.waiting.len() >= limits::SESSIONS_COUNT_MAX {
             return Some(OpenRefusal::TooMany { limit: limits::SESSIONS_COUNT_MAX });
@@ -332,12 +335,29 @@ impl Sessions {
         self.sessions.values().find(|session| session.holds_host() && (asking.exclusive || session.exclusive))
     }
 
-    fn drain(&mut self, reason: String, actions: &mut Vec<Action>) {
+    fn drain(&mut self, drain: Drain, actions: &mut Vec<Action>) {
         for ticket in self.waiting.drain(..).filter_map(|waiter| waiter.ticket) {
-            actions
-                .push(Action::Refuse { ticket, refusal: OpenRefusal::Draining { reason: reason.clone() } });
+            let refusal = OpenRefusal::Draining { drain: drain.clone() };
+            actions.push(Action::Refuse { ticket, refusal });
         }
-        self.draining = Some(reason);
+        self.draining = Some(drain);
+    }
+
+    /// Whoever waits to have the host alone would get one that is not as it was.
+    fn left_behind(&mut self, survivors: Vec<String>, actions: &mut Vec<Action>) {
+        self.survivors = survivors;
+        let Some(refusal) = self.unclean() else { return };
+        let (refused, waiting): (VecDeque<_>, _) =
+            self.waiting.drain(..).partition(|waiter| waiter.asking.exclusive);
+        self.waiting = waiting;
+        for ticket in refused.into_iter().filter_map(|waiter| waiter.ticket) {
+            actions.push(Action::Refuse { ticket, refusal: refusal.clone() });
+        }
+    }
+
+    fn unclean(&self) -> Option<OpenRefusal> {
+        let first = self.survivors.first()?.clone();
+        Some(OpenRefusal::Unclean { count: self.survivors.len(), first })
     }
 
     fn leave(&mut self, ticket: Ticket, now: Duration) {

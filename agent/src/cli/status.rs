@@ -1,24 +1,20 @@
 //! What an agent does, as a table for people or as JSON for programs. Asks the same call that `grpcurl` would.
 
-use std::{
-    fmt::Write as _,
-    fs, io,
-    net::{IpAddr, SocketAddr},
-    path::PathBuf,
-};
+use std::{fmt::Write as _, io};
 
 use clap::Args;
 use millstream_common::{
-    pipe::{self, BoxedPipe, ConnectError},
+    pipe,
     text::{counted, spoken},
-    tls::{self, TlsError, TlsPaths},
 };
 use millstream_proto::v1::{self, agent_service_client::AgentServiceClient};
 use serde_json::{Value, json};
-use tokio::net::{TcpStream, UnixStream};
-use tokio_rustls::TlsConnector;
 
-use crate::config::{PORT, UNIX_SOCKET};
+use super::{
+    dial::{DialError, Dialling},
+    upkeep::survivor_line,
+};
+use crate::config::UNIX_SOCKET;
 
 /// Options of `status`.
 #[derive(Debug, Args)]
@@ -26,18 +22,8 @@ pub(super) struct Status {
     /// The agent: the path of its Unix socket, `tls://HOST[:PORT]`, or `tcp://ADDRESS[:PORT]` on this host.
     #[arg(default_value = UNIX_SOCKET)]
     agent: String,
-    /// Certificate of the role operator or controller, for `tls://`.
-    #[arg(long, value_name = "FILE", env = "MILLSTREAM_CERT")]
-    certificate: Option<PathBuf>,
-    /// Its private key.
-    #[arg(long, value_name = "FILE", env = "MILLSTREAM_KEY")]
-    key: Option<PathBuf>,
-    /// Certificate of the authority.
-    #[arg(long, value_name = "FILE", env = "MILLSTREAM_CA")]
-    authority: Option<PathBuf>,
-    /// Name in the agent's certificate, when it is dialled by another.
-    #[arg(long, value_name = "NAME")]
-    server_name: Option<String>,
+    #[command(flatten)]
+    dialling: Dialling,
     /// Print JSON.
     #[arg(long)]
     json: bool,
@@ -46,25 +32,11 @@ pub(super) struct Status {
 /// Why there is no status.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum StatusError {
-    #[error(
-        "`{text}` is no agent: give the path of a Unix socket, `tls://HOST[:PORT]` or `tcp://ADDRESS[:PORT]`"
-    )]
-    Address { text: String },
-    #[error(
-        "`{name}` is neither an address nor in /etc/hosts: give the address, and the name with `--server-name`"
-    )]
-    Name { name: String },
-    #[error(
-        "`{option}` is needed for `tls://`: the path of a file in PEM form, made by `millstream-agent pki issue`"
-    )]
-    Option { option: &'static str },
-    #[error(transparent)]
-    Tls(#[from] TlsError),
     #[error("`{agent}`: {source}")]
-    Connect {
+    Dial {
         agent: String,
         #[source]
-        source: ConnectError,
+        source: DialError,
     },
     #[error("`{agent}` gave no status: {}", pipe::call_failure(source))]
     Call {
@@ -78,7 +50,8 @@ pub(super) enum StatusError {
 
 impl Status {
     pub(super) async fn run(self) -> Result<(), StatusError> {
-        let channel = self.connect().await?;
+        let connected = self.dialling.connect(&self.agent).await;
+        let channel = connected.map_err(|source| StatusError::Dial { agent: self.agent.clone(), source })?;
         let mut client = AgentServiceClient::new(channel);
         let call = |source| StatusError::Call { agent: self.agent.clone(), source: Box::new(source) };
         let answer = client.get_status(v1::GetStatusRequest {}).await.map_err(call)?;
@@ -89,73 +62,6 @@ impl Status {
             _ => Ok(()),
         }
     }
-
-    async fn connect(&self) -> Result<tonic::transport::Channel, StatusError> {
-        let connected = if let Some(rest) = self.agent.strip_prefix("tls://") {
-            let (name, address) = dialled(rest)?;
-            let (config, name) =
-                tls::client_config(&self.tls_paths()?, self.server_name.as_deref().unwrap_or(name))?;
-            pipe::endpoint_channel(|| async move {
-                let stream = TcpStream::connect(address).await?;
-                Ok(Box::new(TlsConnector::from(config).connect(name, stream).await?) as BoxedPipe)
-            })
-            .await
-        } else if let Some(rest) = self.agent.strip_prefix("tcp://") {
-            let (_, address) = dialled(rest)?;
-            pipe::endpoint_channel(
-                || async move { Ok(Box::new(TcpStream::connect(address).await?) as BoxedPipe) },
-            )
-            .await
-        } else {
-            let path = self.agent.strip_prefix("unix://").unwrap_or(&self.agent);
-            if !path.contains('/') {
-                return Err(StatusError::Address { text: self.agent.clone() });
-            }
-            pipe::endpoint_channel(
-                || async move { Ok(Box::new(UnixStream::connect(path).await?) as BoxedPipe) },
-            )
-            .await
-        };
-        connected.map_err(|source| StatusError::Connect { agent: self.agent.clone(), source })
-    }
-
-    fn tls_paths(&self) -> Result<TlsPaths, StatusError> {
-        let given = |path: &Option<PathBuf>, option| path.clone().ok_or(StatusError::Option { option });
-        Ok(TlsPaths {
-            certificate: given(&self.certificate, "--certificate")?,
-            key: given(&self.key, "--key")?,
-            authority: given(&self.authority, "--authority")?,
-            revocations: None,
-        })
-    }
-}
-
-/// The host as it was named, and where it is dialled.
-fn dialled(text: &str) -> Result<(&str, SocketAddr), StatusError> {
-    let text = text.trim_end_matches('/');
-    if let Ok(address) = text.parse::<SocketAddr>() {
-        let host = text.rsplit_once(':').map_or(text, |(host, _)| host).trim_matches(['[', ']']);
-        return Ok((host, address));
-    }
-    let bare = text.trim_matches(['[', ']']);
-    if let Ok(ip) = bare.parse::<IpAddr>() {
-        return Ok((bare, SocketAddr::new(ip, PORT)));
-    }
-    let (host, port) = text.split_once(':').unwrap_or((text, ""));
-    let port = if port.is_empty() { Ok(PORT) } else { port.parse() };
-    let port = port.map_err(|_| StatusError::Address { text: text.to_owned() })?;
-    let hosts = fs::read_to_string("/etc/hosts").unwrap_or_default();
-    let ip = in_hosts(host, &hosts).ok_or_else(|| StatusError::Name { name: host.to_owned() })?;
-    Ok((host, SocketAddr::new(ip, port)))
-}
-
-/// The name service is not asked: its modules crash a static program on hosts with another C library.
-fn in_hosts(name: &str, hosts: &str) -> Option<IpAddr> {
-    let lines = hosts.lines().map(|line| line.split('#').next().unwrap_or_default());
-    lines.map(str::split_whitespace).find_map(|mut words| {
-        let address = words.next()?.parse().ok()?;
-        words.any(|word| word.eq_ignore_ascii_case(name)).then_some(address)
-    })
 }
 
 fn span(duration: Option<&prost_types::Duration>) -> String {
@@ -222,6 +128,9 @@ fn as_table(status: &v1::AgentStatus) -> String {
     line("sessions", status.sessions.len().to_string());
     for session in &status.sessions {
         session_lines(session, &mut out);
+    }
+    for survivor in &status.survivors {
+        let _ = writeln!(out, "{}", survivor_line(survivor));
     }
     for error in &status.last_errors {
         let _ = writeln!(out, "error        {error}");
@@ -305,6 +214,12 @@ fn as_json(status: &v1::AgentStatus) -> Value {
             "blobs_bytes_max": spool.blobs_bytes_max,
             "free_bytes": spool.free_bytes,
         },
+        "drain": status.drain.as_ref().map(|drain| json!({
+            "reason": drain.reason,
+            "owner": drain.owner,
+            "begin_time": drain.begin_time.as_ref().map(ToString::to_string),
+        })),
+        "survivors": status.survivors.iter().map(survivor_json).collect::<Vec<_>>(),
         "sessions": status.sessions.iter().map(session_json).collect::<Vec<_>>(),
         "last_errors": status.last_errors,
     })
@@ -313,6 +228,18 @@ fn as_json(status: &v1::AgentStatus) -> Value {
 fn seconds(duration: Option<&prost_types::Duration>) -> f64 {
     let duration = duration.and_then(|duration| std::time::Duration::try_from(*duration).ok());
     duration.unwrap_or_default().as_secs_f64()
+}
+
+fn survivor_json(survivor: &v1::Survivor) -> Value {
+    json!({
+        "pid": survivor.pid,
+        "what": survivor.what,
+        "session_id": survivor.session_id,
+        "owner": survivor.owner,
+        "client": survivor.client,
+        "block": survivor.block,
+        "find_time": survivor.find_time.as_ref().map(ToString::to_string),
+    })
 }
 
 fn session_json(session: &v1::SessionStatus) -> Value {
@@ -349,17 +276,6 @@ fn task_json(task: &v1::TaskStatus) -> Value {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn hosts_are_dialled_by_number_or_by_the_table_of_this_host() {
-        let shown = |text| {
-            dialled(text).map(|(host, address)| format!("{host} {address}")).map_err(|e| e.to_string())
-        };
-        assert_eq!(shown("10.0.0.1"), Ok(format!("10.0.0.1 10.0.0.1:{PORT}")));
-        assert_eq!(shown("[::1]:99"), Ok("::1 [::1]:99".to_owned()));
-        assert!(shown("no-such-host.invalid").unwrap_err().contains("--server-name"));
-        assert_eq!(in_hosts("B", "# c\n10.1.2.3 a b # d\n"), Some(IpAddr::from([10, 1, 2, 3])));
-    }
 
     #[test]
     fn sizes_are_readable() {

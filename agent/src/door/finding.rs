@@ -104,7 +104,10 @@ impl Shared {
                     tokio::task::spawn_blocking(move || Supervised::orphaned(session_id, directory, reason));
                 let Ok(supervised) = orphaned.await else { return };
                 self.tell(Event::Found(found(Duration::ZERO)));
-                self.fill(session_id, supervised);
+                self.fill(session_id, Arc::clone(&supervised));
+                if !rebooted {
+                    self.look_behind(&supervised, Vec::new()).await;
+                }
                 match ended {
                     None => self.take_notice(session_id, Notice::Died),
                     Some(ended) if ended.lost => {
@@ -166,13 +169,24 @@ impl Shared {
                 self.last_errors
                     .add(&*self.world.clock, &format!("the supervisor of session {session_id} is gone"));
                 self.tell(Event::SupervisorDied { session_id });
+                self.look_behind_later(session_id);
                 let now = self.world.clock.since_boot();
                 self.directory(session_id).record_loss(now);
                 self.remove_at(session_id, now + limits::EXPIRED_RESULTS_KEPT);
             }
             // Whoever watches the status sees that it has no process any more.
-            Notice::Gone => self.status_has_changed(),
+            Notice::Gone => {
+                self.look_behind_later(session_id);
+                self.status_has_changed();
+            }
         }
+    }
+
+    /// A session whose supervisor has gone by itself: nobody waits for what is found.
+    fn look_behind_later(self: &Arc<Self>, session_id: SessionId) {
+        let Some(supervised) = self.supervised(session_id) else { return };
+        let shared = Arc::clone(self);
+        self.tracker.spawn(async move { shared.look_behind(&supervised, Vec::new()).await });
     }
 
     /// Nothing of a session will run any more: what was shipped for it is not held. Its results are kept until a moment since

@@ -38,15 +38,24 @@ pub enum Caller {
 }
 
 impl Caller {
-    /// What the caller may be. A local user who could end or replace this process anyway is a controller; everybody else
-    /// on this host may look.
+    /// What the caller may be. Who could end or replace this process anyway is a controller; everybody else on this host
+    /// may look.
     #[must_use]
     pub fn role(&self) -> Role {
         match self {
             Self::Certified(identity) => identity.role,
-            Self::Local { uid } if *uid == 0 || *uid == geteuid().as_raw() => Role::Controller,
-            Self::Local { .. } | Self::Loopback => Role::Operator,
-            Self::Starter => Role::Controller,
+            Self::Local { .. } | Self::Loopback | Self::Starter if self.keeps_host() => Role::Controller,
+            Self::Local { .. } | Self::Loopback | Self::Starter => Role::Operator,
+        }
+    }
+
+    /// Whether the caller could end or replace this process anyway: the kernel says that it is root or the agent's user, or it
+    /// has started this process.
+    fn keeps_host(&self) -> bool {
+        match self {
+            Self::Local { uid } => *uid == 0 || *uid == geteuid().as_raw(),
+            Self::Starter => true,
+            Self::Certified(_) | Self::Loopback => false,
         }
     }
 
@@ -72,6 +81,8 @@ impl fmt::Display for Caller {
 const LOOK: &[Role] = &[Role::Controller, Role::Operator];
 /// May run blocks.
 const RUN: &[Role] = &[Role::Controller];
+/// Keeps the host: no certificate may, however far away its holder is. Who could end this process anyway may.
+const KEEP: &[Role] = &[];
 
 /// Which roles may make which call. An agent's certificate stands in no row: it is useless as a client.
 const TABLE: &[(&str, &[Role])] = &[
@@ -79,7 +90,9 @@ const TABLE: &[(&str, &[Role])] = &[
     ("/grpc.health.v1.Health/Watch", LOOK),
     ("/grpc.reflection.v1.ServerReflection/ServerReflectionInfo", LOOK),
     ("/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo", LOOK),
+    ("/millstream.v1.AgentService/Clean", KEEP),
     ("/millstream.v1.AgentService/CloseSession", RUN),
+    ("/millstream.v1.AgentService/Drain", KEEP),
     ("/millstream.v1.AgentService/FetchArchive", RUN),
     ("/millstream.v1.AgentService/FindMissingBlobs", RUN),
     ("/millstream.v1.AgentService/GetStatus", LOOK),
@@ -89,6 +102,7 @@ const TABLE: &[(&str, &[Role])] = &[
     ("/millstream.v1.AgentService/ReleaseTask", RUN),
     ("/millstream.v1.AgentService/SignalTask", RUN),
     ("/millstream.v1.AgentService/StartTask", RUN),
+    ("/millstream.v1.AgentService/Undrain", KEEP),
     ("/millstream.v1.AgentService/UploadBlob", RUN),
     ("/millstream.v1.AgentService/WatchStatus", LOOK),
     ("/millstream.v1.AgentService/WatchTask", RUN),
@@ -111,6 +125,15 @@ pub(crate) enum CallRefusal {
         /// Its role.
         role: Role,
     },
+    /// No certificate may.
+    #[error(
+        "{caller} may not make this call, as nobody may from afar: log in to the host, and use the agent's Unix socket as root \
+         or as the user of the agent"
+    )]
+    Keeper {
+        /// Who called.
+        caller: String,
+    },
 }
 
 fn next_step(caller: &str) -> &'static str {
@@ -127,7 +150,7 @@ impl From<CallRefusal> for Status {
         match refusal {
             CallRefusal::NoSuchCall => Self::unimplemented(message),
             CallRefusal::Unknown => Self::unauthenticated(message),
-            CallRefusal::Role { .. } => Self::permission_denied(message),
+            CallRefusal::Role { .. } | CallRefusal::Keeper { .. } => Self::permission_denied(message),
         }
     }
 }
@@ -136,11 +159,12 @@ impl From<CallRefusal> for Status {
 pub(crate) fn authorise(path: &str, caller: Option<&Caller>) -> Result<(), CallRefusal> {
     let caller = caller.ok_or(CallRefusal::Unknown)?;
     let row = TABLE.binary_search_by(|(known, _)| (*known).cmp(path)).map_err(|_| CallRefusal::NoSuchCall)?;
-    let role = caller.role();
-    if TABLE[row].1.contains(&role) {
+    let (role, allowed) = (caller.role(), TABLE[row].1);
+    if allowed.contains(&role) || caller.keeps_host() {
         return Ok(());
     }
-    Err(CallRefusal::Role { caller: caller.to_string(), role })
+    let caller = caller.to_string();
+    Err(if allowed.is_empty() { CallRefusal::Keeper { caller } } else { CallRefusal::Role { caller, role } })
 }
 
 /// The caller of a request that has passed [`Authorise`].
@@ -241,8 +265,12 @@ mod tests {
     #[test]
     fn each_role_may_what_its_rows_say_and_nothing_else() {
         let reads = ["Health/", "ServerReflection/", "AgentService/GetStatus", "AgentService/WatchStatus"];
+        let keeps = ["/Clean", "/Drain", "/Undrain"];
         for (path, _) in TABLE {
-            assert_eq!(authorise(path, Some(&identity(Role::Controller))), Ok(()), "{path}");
+            let runs = !keeps.iter().any(|keep| path.ends_with(keep));
+            assert_eq!(authorise(path, Some(&identity(Role::Controller))).is_ok(), runs, "{path}");
+            assert_eq!(authorise(path, Some(&Caller::Local { uid: 0 })), Ok(()), "{path}");
+            assert_eq!(authorise(path, Some(&Caller::Starter)), Ok(()), "{path}");
             let looks = reads.iter().any(|read| path.contains(read));
             assert_eq!(authorise(path, Some(&identity(Role::Operator))).is_ok(), looks, "{path}");
             assert_eq!(authorise(path, Some(&Caller::Loopback)).is_ok(), looks, "{path}");
@@ -277,6 +305,13 @@ mod tests {
             refusal.to_string(),
             "millstream://operator/x has the role operator here, which may not make this call: use a certificate of the \
              role controller"
+        );
+        let refusal =
+            authorise("/millstream.v1.AgentService/Drain", Some(&identity(Role::Controller))).unwrap_err();
+        assert_eq!(
+            refusal.to_string(),
+            "millstream://controller/x may not make this call, as nobody may from afar: log in to the host, and use the \
+             agent's Unix socket as root or as the user of the agent"
         );
     }
 

@@ -14,12 +14,13 @@ use rustix::fs::FlockOperation;
 use tokio::sync::{Notify, mpsc, watch as watched};
 use tokio_stream::{StreamExt as _, wrappers::ReceiverStream};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tonic_health::ServingStatus;
 use tracing::warn;
 
 use super::{
     SERVED, Shared, Supervisors,
     acceptor::{self, Connection, Listener, Places},
-    identity,
+    identity::{self, Caller},
     service::Service,
     status::{self, LastErrors},
     store::Store,
@@ -28,7 +29,7 @@ use super::{
 use crate::{
     entry::Relaunch,
     host,
-    session::{Event, Sessions},
+    session::{Drain, Event, Sessions},
     supervisor::{
         blobs::BlobError,
         cgroup::{
@@ -111,7 +112,7 @@ pub enum DoorError {
 /// An open door. Dropping it ends nothing: cancel the token that it was given.
 #[derive(Debug)]
 pub struct Door {
-    shared: Arc<Shared>,
+    pub(super) shared: Arc<Shared>,
     /// Held for as long as this agent uses the state directory.
     _lock: fs::File,
     notices: mpsc::Receiver<(SessionId, Notice)>,
@@ -167,6 +168,7 @@ impl Door {
             disk_use: Arc::default(),
             starter,
             sessions: Mutex::new(Sessions::new()),
+            record: Mutex::default(),
             deadline_changed: Notify::new(),
             askings: Mutex::default(),
             next_ticket: AtomicU64::new(1),
@@ -177,6 +179,7 @@ impl Door {
             tracker: TaskTracker::new(),
             _claim: claim,
         });
+        shared.recall();
         shared.find_sessions().await;
         shared.sweep_groups();
         Ok(Self { shared, _lock: lock, notices })
@@ -209,7 +212,6 @@ impl Door {
             .max_decoding_message_size(limits::BULK_MESSAGE_BYTES_MAX)
             .max_encoding_message_size(limits::BULK_MESSAGE_BYTES_MAX);
         let (health, health_service) = tonic_health::server::health_reporter();
-        health.set_serving::<AgentServiceServer<Service>>().await;
         let (reflection, reflection_alpha) = reflection().map_err(DoorError::Reflection)?;
         let serving = pipe::server()
             .layer(identity::AuthoriseLayer)
@@ -230,6 +232,7 @@ impl Door {
             // Watchers never end by themselves.
             () = ended => Ok(()),
             () = noticing => Ok(()),
+            () = tell_health(&shared, health) => Ok(()),
             () = Arc::clone(&shared).tell_time() => Ok(()),
         };
         shared.leave_group();
@@ -273,7 +276,9 @@ impl Ending {
 
     /// Closes every session and waits until all that belongs to them is gone.
     pub(crate) async fn close_all(&self) -> Vec<String> {
-        self.shared.tell(Event::DrainBegan { reason: "the agent is ending".to_owned() });
+        let since = status::clock_text(self.shared.world.clock.wall_ns());
+        let (reason, by) = ("the agent is ending".to_owned(), Caller::Starter.owner());
+        self.shared.tell(Event::DrainBegan(Drain { reason, by, since }));
         let sessions: Vec<SessionId> = self.shared.sessions().iter().map(|(id, _)| id).collect();
         let mut survivors = Vec::new();
         for session_id in sessions {
@@ -281,6 +286,22 @@ impl Ending {
         }
         self.shared.leave_group();
         survivors
+    }
+}
+
+/// Tells whoever asks for the agent's health whether it takes sessions: the service by its name, and the whole by none.
+async fn tell_health(shared: &Shared, health: tonic_health::server::HealthReporter) {
+    let mut changes = shared.status_changes();
+    loop {
+        let draining = shared.sessions().draining().is_some();
+        let status = if draining { ServingStatus::NotServing } else { ServingStatus::Serving };
+        for service in ["", SERVED[0]] {
+            health.set_service_status(service, status).await;
+        }
+        // It ends with the door.
+        if changes.changed().await.is_err() {
+            return;
+        }
     }
 }
 

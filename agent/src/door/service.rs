@@ -37,6 +37,7 @@ use super::{
     Shared,
     identity::{Caller, caller_of},
     supervisors::Supervised,
+    survivors::Survivor,
     uploads::{self, ArchivePieces},
     watch,
 };
@@ -502,6 +503,26 @@ impl AgentService for Service {
             held.supervised.release(tasks).await?;
         }
         Ok(Response::new(v1::ReleaseTaskResponse {}))
+    }
+
+    async fn drain(&self, request: Request<v1::DrainRequest>) -> Result<Response<v1::DrainResponse>, Status> {
+        let caller = caller_of(&request)?;
+        let sessions_count = self.shared.drain(&request.into_inner().reason, &caller)?;
+        Ok(Response::new(v1::DrainResponse { sessions_count }))
+    }
+
+    async fn undrain(
+        &self,
+        request: Request<v1::UndrainRequest>,
+    ) -> Result<Response<v1::UndrainResponse>, Status> {
+        let was_draining = self.shared.undrain(&caller_of(&request)?)?;
+        Ok(Response::new(v1::UndrainResponse { was_draining }))
+    }
+
+    async fn clean(&self, request: Request<v1::CleanRequest>) -> Result<Response<v1::CleanResponse>, Status> {
+        let caller = caller_of(&request)?;
+        let left = self.shared.clean(request.into_inner().force, &caller).await?;
+        Ok(Response::new(v1::CleanResponse { survivors: left.iter().map(Survivor::status).collect() }))
     }
 
     type RelaySyncStream = Answers<v1::RelaySyncResponse>;

@@ -12,7 +12,7 @@ use millstream_common::{clock::Clock, convert, protocol, text::printable};
 use millstream_proto::v1;
 use tokio::time::Instant;
 
-use super::Shared;
+use super::{Shared, survivors::Survivor, upkeep};
 use crate::{
     host,
     session::{Session, Stage},
@@ -130,22 +130,21 @@ impl Shared {
             sessions: self.session_statuses(now),
             spool: Some(spool),
             last_errors: self.last_errors.lines(),
+            drain: self.sessions().draining().map(upkeep::drain_status),
+            survivors: self.survivors().iter().map(Survivor::status).collect(),
         }
     }
 
     fn state(&self) -> (v1::AgentState, String) {
         let sessions = self.sessions();
-        if let Some(reason) = sessions.draining() {
-            return (v1::AgentState::Draining, reason.to_owned());
+        if let Some(drain) = sessions.draining() {
+            return (v1::AgentState::Draining, drain.to_string());
         }
         match sessions.survivors() {
             [] => (v1::AgentState::Ready, String::new()),
             survivors => {
                 let list = survivors.join(", ");
-                (
-                    v1::AgentState::Unclean,
-                    format!("could not be removed: {}", printable(list.as_bytes(), 1_024)),
-                )
+                (v1::AgentState::Unclean, format!("left behind: {}", printable(list.as_bytes(), 1_024)))
             }
         }
     }

@@ -37,7 +37,7 @@ use tracing::{error, warn};
 pub use self::start::{StartSupervisor, Starting, Supervisors};
 pub(crate) use self::{
     alive::find_alive,
-    directory::{Kept, SessionDirectory, sessions_directory},
+    directory::{Kept, SessionDirectory, sessions_directory, write_whole},
     mirror::{Mirror, TaskView},
     relayed::RelayBatch,
     start::{StartError, Starter},

@@ -20,7 +20,9 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use tonic::{Code, transport::Channel};
 
-use super::{Connection, Door, DoorConfig, DoorError, Supervisors, identity::Caller};
+mod upkeep;
+
+use super::{Connection, Door, DoorConfig, DoorError, Shared, Supervisors, identity::Caller};
 use crate::entry::tests::this_test_binary;
 
 /// Small enough to be filled.
@@ -30,6 +32,7 @@ const PATIENCE: Duration = Duration::from_secs(30);
 
 struct Agent {
     connections: mpsc::Sender<Connection>,
+    shared: Arc<Shared>,
     shutdown: CancellationToken,
     serving: tokio::task::JoinHandle<Result<(), DoorError>>,
 }
@@ -51,6 +54,7 @@ impl Agent {
 
     async fn start_in(world: World, state: &Path, inside: bool) -> Self {
         let door = Door::open(config(state, inside), world).await.unwrap();
+        let shared = Arc::clone(&door.shared);
         let shutdown = CancellationToken::new();
         let (give, connections) = oneshot::channel();
         let serving = tokio::spawn(door.serve(
@@ -58,7 +62,7 @@ impl Agent {
             move |connections| give.send(connections).unwrap(),
             shutdown.clone(),
         ));
-        Self { connections: connections.await.unwrap(), shutdown, serving }
+        Self { connections: connections.await.unwrap(), shared, shutdown, serving }
     }
 
     async fn client(&self, caller: Caller) -> AgentServiceClient<Channel> {

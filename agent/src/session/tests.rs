@@ -139,22 +139,61 @@ fn a_place_that_nobody_comes_back_for_is_given_up() {
     );
 }
 
+fn drain(reason: &str) -> Event {
+    let (by, since) = (Owner("local user 0".into()), "2026-11-21T22:37:25Z".into());
+    Event::DrainBegan(Drain { reason: reason.into(), by, since })
+}
+
+fn left_behind(survivors: &[&str]) -> Event {
+    Event::LeftBehind { survivors: survivors.iter().map(|survivor| (*survivor).to_owned()).collect() }
+}
+
 #[test]
-fn nothing_new_is_taken_while_draining_or_reserved_while_unclean() {
+fn nothing_new_is_taken_while_draining() {
     check(
         vec![
-            (0, Event::LeftBehind { survivors: vec!["1234 (dd)".into()] }),
-            (0, asked(1, exclusive(1))),
-            (0, asked(2, asking(2))),
-            (1, Event::DrainBegan { reason: "kernel update".into() }),
-            (1, asked(3, asking(3))),
-            (1, asked(4, Asking { resume: true, ..asking(2) })),
+            (0, asked(1, asking(1))),
+            (1, drain("kernel update")),
+            (1, asked(2, asking(2))),
+            (1, asked(3, Asking { resume: true, ..asking(1) })),
+            (2, drain("")),
+            (2, asked(4, asking(2))),
+            (3, Event::DrainEnded),
+            (3, asked(5, asking(2))),
         ],
         &expect![[r#"
-            0 s: 1 refused: unclean: 1 process could not be ended (1234 (dd)); end it by hand, or open the session without `exclusive`
-            0 s: 2 admitted, epoch 1, resumed false
-            1 s: 3 refused: draining: kernel update; use another host, or wait until the agent has been started again
-            1 s: 4 admitted, epoch 2, resumed true
+            0 s: 1 admitted, epoch 1, resumed false
+            1 s: 2 refused: draining since 2026-11-21T22:37:25Z by local user 0: kernel update; use another host, or wait for `millstream-agent undrain` there
+            1 s: 3 admitted, epoch 2, resumed true
+            2 s: 4 refused: draining since 2026-11-21T22:37:25Z by local user 0; use another host, or wait for `millstream-agent undrain` there
+            3 s: 5 admitted, epoch 1, resumed false
+        "#]],
+    );
+}
+
+#[test]
+fn an_unclean_host_is_shared_but_not_reserved() {
+    check(
+        vec![
+            (0, asked(1, asking(1))),
+            (0, asked(2, exclusive(2))),
+            (0, asked(3, asking(3))),
+            (1, left_behind(&["process 1234 `dd`", "process 1235 `dd`"])),
+            (1, asked(4, exclusive(4))),
+            (2, left_behind(&["process 1234 `dd`"])),
+            (2, asked(5, exclusive(4))),
+            (3, left_behind(&[])),
+            (3, Event::Closed { session_id: id(1) }),
+            (3, Event::Closed { session_id: id(3) }),
+            (3, asked(6, exclusive(4))),
+        ],
+        &expect![[r#"
+            0 s: 1 admitted, epoch 1, resumed false
+            1 s: 2 refused: unclean: an ended session has left process 1234 `dd` behind, and 1 more; say `millstream-agent clean` on that host, or open the session without `exclusive`
+            1 s: 3 admitted, epoch 1, resumed false
+            1 s: 4 refused: unclean: an ended session has left process 1234 `dd` behind, and 1 more; say `millstream-agent clean` on that host, or open the session without `exclusive`
+            2 s: 5 refused: unclean: an ended session has left process 1234 `dd` behind; say `millstream-agent clean` on that host, or open the session without `exclusive`
+            3 s: 6 admitted, epoch 1, resumed false
         "#]],
     );
 }

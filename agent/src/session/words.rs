@@ -2,10 +2,7 @@
 
 use std::{fmt, time::Duration};
 
-use millstream_common::{
-    id::SessionId,
-    text::{counted, spoken},
-};
+use millstream_common::{id::SessionId, text::spoken};
 
 /// Number of one asking, by which its answer finds back.
 pub type Ticket = u64;
@@ -112,6 +109,24 @@ pub struct Found {
     pub open_time_ns: u64,
 }
 
+/// That an agent takes nothing new. All of it is for people.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct Drain {
+    /// Why, as whoever said it has written; may be empty.
+    pub reason: String,
+    /// Who said it.
+    pub by: Owner,
+    /// When it began, such as `2026-11-21T22:37:25Z`.
+    pub since: String,
+}
+
+impl fmt::Display for Drain {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "since {} by {}", self.since, self.by)?;
+        if self.reason.is_empty() { Ok(()) } else { write!(f, ": {}", self.reason) }
+    }
+}
+
 /// What has happened.
 #[derive(Debug, Clone)]
 pub enum Event {
@@ -173,11 +188,10 @@ pub enum Event {
         /// Whether it came or went.
         came: bool,
     },
-    /// The agent takes nothing new from now on; the reason is for people.
-    DrainBegan {
-        /// Why.
-        reason: String,
-    },
+    /// The agent takes nothing new from now on.
+    DrainBegan(Drain),
+    /// The agent takes sessions again.
+    DrainEnded,
     /// What could not be removed from this host; empty when it is clean again.
     LeftBehind {
         /// Descriptions, for people.
@@ -225,13 +239,13 @@ pub enum OpenRefusal {
     #[error("session unknown: this host has never had it or has forgotten it; open another")]
     Unknown,
     /// Nothing new is taken.
-    #[error("draining: {reason}; use another host, or wait until the agent has been started again")]
+    #[error("draining {drain}; use another host, or wait for `millstream-agent undrain` there")]
     Draining {
-        /// Why, from the person who began it.
-        reason: String,
+        /// Since when, by whom and why.
+        drain: Drain,
     },
     /// Something of an ended task is still here.
-    #[error("unclean: {} could not be ended ({first}); end it by hand, or open the session without `exclusive`", counted(*count, "process"))]
+    #[error("unclean: an ended session has left {first} behind{}; say `millstream-agent clean` on that host, or open the session without `exclusive`", and_more(*count))]
     Unclean {
         /// How many.
         count: usize,
@@ -265,6 +279,10 @@ pub enum OpenRefusal {
     /// The same controller has asked again, on another connection.
     #[error("the same session was asked for again: the newer call gets the answer")]
     Superseded,
+}
+
+fn and_more(count: usize) -> String {
+    if count < 2 { String::new() } else { format!(", and {} more", count - 1) }
 }
 
 /// Why a call's key is not good. Each says what to do.

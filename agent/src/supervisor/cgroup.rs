@@ -27,7 +27,7 @@ use tokio::io::Interest;
 
 pub(crate) use self::{
     limits::{LimitGroups, open_join},
-    marked::{describe, find_marked, kill_marked, open_process},
+    marked::{describe, find_marked, kill_marked, mark_of, open_process},
 };
 use super::process::watch;
 

@@ -16,6 +16,7 @@ use millstream_common::{
     clock::World,
     convert::{duration, timestamp},
     id::{StreamName, TaskId},
+    limits,
     spec::{FileSource, TaskSpec},
     text::counted,
 };
@@ -393,7 +394,12 @@ impl Session {
             }
             _ => None,
         };
-        Remains { group: self.config.session_cgroup(), session_dir: self.config.session_dir.clone(), results }
+        Remains {
+            group: self.config.session_cgroup(),
+            patience: if self.survivors.is_empty() { limits::KILL_MAX } else { Duration::ZERO },
+            session_dir: self.config.session_dir.clone(),
+            results,
+        }
     }
 
     // ---- Machines ----

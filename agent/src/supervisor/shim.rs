@@ -350,8 +350,7 @@ impl Shim {
     fn end_all(&mut self) -> Told {
         self.outputs = None;
         let all = if self.process.is_none() { descendants() } else { Vec::new() };
-        let leaked = all.iter().take(LEAKED_NAMED_MAX).map(|&pid| cgroup::describe(pid)).collect();
-        let leaked_count = u32::try_from(all.len()).unwrap_or(u32::MAX);
+        let (mut leaked, mut leaked_count) = named(&all);
         let clock = SystemClock;
         let give_up_at = clock.now() + limits::KILL_MAX;
         let mut survivors = 0;
@@ -368,7 +367,11 @@ impl Shim {
             }
             let left = give_up_at.saturating_duration_since(clock.now());
             if left.is_zero() {
-                survivors = u32::try_from(descendants().len()).unwrap_or(u32::MAX);
+                let left = named(&descendants());
+                survivors = left.1;
+                if leaked.is_empty() {
+                    (leaked, leaked_count) = left;
+                }
                 break;
             }
             // Whoever was reaped has left us its children: they are killed before anybody is waited for.
@@ -422,6 +425,12 @@ fn watch_children() -> io::Result<OwnedFd> {
         libc::sigaction(libc::SIGCHLD, &raw const action, std::ptr::null_mut())
     };
     if installed == 0 { Ok(reader) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Processes in words, the first few, and how many they are.
+fn named(processes: &[u32]) -> (Vec<LeakedProcess>, u32) {
+    let described = processes.iter().take(LEAKED_NAMED_MAX).map(|&pid| cgroup::describe(pid)).collect();
+    (described, u32::try_from(processes.len()).unwrap_or(u32::MAX))
 }
 
 /// Everybody below this process, parents first.

@@ -288,7 +288,12 @@ async fn end_group(group: &Group, process: Option<AsyncFd<Process>>) -> Ended {
     match group.wait_until_empty(limits::KILL_MAX).await {
         Ok(true) => {}
         Ok(false) => {
-            ended.survivors = u32::try_from(group.processes().len()).unwrap_or(u32::MAX);
+            let left = group.processes();
+            ended.survivors = u32::try_from(left.len()).unwrap_or(u32::MAX);
+            if ended.leaked.is_empty() {
+                ended.leaked = left.iter().take(LEAKED_NAMED_MAX).map(|&pid| cgroup::describe(pid)).collect();
+                ended.leaked_count = ended.survivors;
+            }
             return ended;
         }
         Err(error) => warn!(%error, "a control group cannot be watched"),

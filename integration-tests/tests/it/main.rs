@@ -23,6 +23,7 @@ mod sync;
 mod tidy;
 mod trees;
 mod two_hosts;
+mod upkeep;
 
 // Local streams of these tests run in this very program.
 millstream::entry!();

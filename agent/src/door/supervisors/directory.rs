@@ -104,6 +104,19 @@ impl SessionDirectory {
         self.path.join("supervisor.sock")
     }
 
+    /// Who lives in the session's control group still; nobody where there is none.
+    pub(crate) fn inhabitants(&self) -> Vec<u32> {
+        let group = self.cgroup.as_ref().filter(|cgroup| cgroup.exists());
+        group
+            .and_then(|cgroup| Group::open(cgroup.clone()).ok())
+            .map_or_else(Vec::new, |group| group.processes())
+    }
+
+    /// Whether its processes are contained by a control group.
+    pub(crate) fn has_group(&self) -> bool {
+        self.cgroup.is_some()
+    }
+
     fn task(&self, task: TaskId) -> PathBuf {
         self.path.join("tasks").join(task.to_string())
     }
@@ -360,7 +373,7 @@ fn remove_cgroup(cgroup: &Path) {
 }
 
 /// Writes a file so that a reader finds the old content or the new, never half.
-fn write_whole(path: &Path, content: &[u8]) -> io::Result<()> {
+pub(crate) fn write_whole(path: &Path, content: &[u8]) -> io::Result<()> {
     let mut fresh = path.as_os_str().to_owned();
     fresh.push(".new");
     let mut file = fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&fresh)?;

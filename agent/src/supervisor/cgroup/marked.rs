@@ -33,6 +33,13 @@ pub(crate) fn describe(pid: u32) -> LeakedProcess {
     LeakedProcess { pid, command: printable(&command, COMMAND_BYTES_MAX) }
 }
 
+/// The mark that a process bears, if it does: the number of its task.
+pub(crate) fn mark_of(pid: u32) -> Option<String> {
+    let environment = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
+    let mark = environment.split(|&byte| byte == 0).find_map(|variable| variable.strip_prefix(MARK))?;
+    Some(std::str::from_utf8(mark).ok()?.to_owned())
+}
+
 /// Finds what has left its containment: every process whose environment marks it as belonging to one of these tasks, as a
 /// descriptor that still means it when it is killed, and in words.
 pub(crate) fn find_marked(is_ours: impl Fn(&str) -> bool) -> Vec<(OwnedFd, LeakedProcess)> {
@@ -44,9 +51,7 @@ pub(crate) fn find_marked(is_ours: impl Fn(&str) -> bool) -> Vec<(OwnedFd, Leake
         }
         // Opened before it is looked at: whoever is found by this number is whom the descriptor means.
         let Some(pidfd) = open_process(pid) else { continue };
-        let environment = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
-        let mark = environment.split(|&byte| byte == 0).find_map(|variable| variable.strip_prefix(MARK));
-        if mark.and_then(|mark| std::str::from_utf8(mark).ok()).is_some_and(&is_ours) {
+        if mark_of(pid).is_some_and(|mark| is_ours(&mark)) {
             found.push((pidfd, describe(pid)));
         }
     }

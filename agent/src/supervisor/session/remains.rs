@@ -13,7 +13,6 @@ use std::{
 use millstream_common::{
     convert::spec_sha256,
     id::TaskId,
-    limits,
     outcome::{OutcomeKind, Reason, TaskEnd},
     spec::TaskSpec,
 };
@@ -82,6 +81,8 @@ impl Session {
 /// What a session that is over leaves behind.
 pub(in crate::supervisor) struct Remains {
     pub(super) group: Option<PathBuf>,
+    /// How long whoever is left in the group is waited for once killed: not again, when somebody is known to survive that.
+    pub(super) patience: Duration,
     pub(super) session_dir: PathBuf,
     pub(super) results: Option<Results>,
 }
@@ -102,7 +103,7 @@ impl Remains {
     pub(in crate::supervisor) async fn end_group(&self) {
         let Some(Ok(group)) = self.group.clone().map(Group::open) else { return };
         if !group.remove_if_empty() {
-            Self::end_inhabited(&group).await;
+            Self::end_inhabited(&group, self.patience).await;
         }
         // Shared with other sessions and their agent: it goes with the last of them.
         if let Some(parent) = group.path().parent() {
@@ -110,10 +111,10 @@ impl Remains {
         }
     }
 
-    async fn end_inhabited(group: &Group) {
+    async fn end_inhabited(group: &Group, patience: Duration) {
         let ending = async {
             group.kill()?;
-            group.wait_until_empty(limits::KILL_MAX).await?;
+            group.wait_until_empty(patience).await?;
             group.remove()
         };
         if let Err(error) = ending.await {

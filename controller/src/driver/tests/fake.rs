@@ -207,6 +207,18 @@ impl AgentService for Fake {
         Err(Status::unimplemented("not here"))
     }
 
+    async fn drain(&self, _: Request<v1::DrainRequest>) -> Result<Response<v1::DrainResponse>, Status> {
+        Err(Status::unimplemented("not here"))
+    }
+
+    async fn undrain(&self, _: Request<v1::UndrainRequest>) -> Result<Response<v1::UndrainResponse>, Status> {
+        Err(Status::unimplemented("not here"))
+    }
+
+    async fn clean(&self, _: Request<v1::CleanRequest>) -> Result<Response<v1::CleanResponse>, Status> {
+        Err(Status::unimplemented("not here"))
+    }
+
     async fn open_session(
         &self,
         request: Request<v1::OpenSessionRequest>,
