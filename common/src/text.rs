@@ -55,6 +55,50 @@ pub fn spoken(duration: std::time::Duration) -> String {
     }
 }
 
+/// A text as words, split as a shell would: at spaces, but for those in quotes or behind a backslash.
+///
+/// # Errors
+/// When a quote is not closed.
+pub fn words(text: &str) -> Result<Vec<String>, UnclosedQuote> {
+    let (mut words, mut word, mut quote) = (Vec::new(), None::<String>, None);
+    let mut characters = text.chars();
+    while let Some(character) = characters.next() {
+        match (quote, character) {
+            (Some(open), _) if character == open => quote = None,
+            (None, '\'' | '"') => {
+                quote = Some(character);
+                word.get_or_insert_default();
+            }
+            (None | Some('"'), '\\') => word.get_or_insert_default().extend(characters.next()),
+            (None, _) if character.is_whitespace() => words.extend(word.take()),
+            _ => word.get_or_insert_default().push(character),
+        }
+    }
+    words.extend(word);
+    if quote.is_some() { Err(UnclosedQuote) } else { Ok(words) }
+}
+
+/// A quote is not closed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("a quote is not closed")]
+pub struct UnclosedQuote;
+
+/// A word as a shell takes it literally, in quotes where it needs them.
+#[must_use]
+pub fn quoted(word: &str) -> String {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "%+,-./:=@_".contains(c);
+    if !word.is_empty() && word.chars().all(plain) {
+        return word.to_owned();
+    }
+    format!("'{}'", word.replace('\'', "'\\''"))
+}
+
+/// Words as one line, from which [`words`] makes them again.
+#[must_use]
+pub fn line<'a>(words: impl IntoIterator<Item = &'a str>) -> String {
+    words.into_iter().map(quoted).collect::<Vec<_>>().join(" ")
+}
+
 /// The word of `words` that is nearest to `word`, if any is near enough to be what was meant.
 #[must_use]
 pub fn nearest<'a>(word: &str, words: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
@@ -98,6 +142,16 @@ mod tests {
     fn a_cut_is_marked() {
         assert_eq!(printable(b"abcdef", 3), "abc…");
         assert_eq!(printable(b"abc", 3), "abc");
+    }
+
+    #[test]
+    fn a_line_is_split_as_a_shell_would_and_put_together_again() {
+        let all = ["ip", "netns", "it's", "", "a b", "\"x\" $y", "back\\slash", "--k=v", "line\nbreak"];
+        let line = line(all);
+        assert_eq!(line, "ip netns 'it'\\''s' '' 'a b' '\"x\" $y' 'back\\slash' --k=v 'line\nbreak'");
+        assert_eq!(words(&line).unwrap(), all);
+        assert_eq!(words("a\\ b  \"c'd\"").unwrap(), ["a b", "c'd"]);
+        assert_eq!(words("it's"), Err(UnclosedQuote));
     }
 
     #[test]

@@ -23,7 +23,7 @@ use self::{class::PythonFile, function::Call, reference::Unresolved};
 pub use self::{
     command::{Command, exec, python, script, shell},
     compile::BlockError,
-    reference::{BlockReference, Resolution, ResolveError, Resolver, Tried, UnclosedQuote, reference},
+    reference::{BlockReference, Resolution, ResolveError, Resolver, Tried, reference},
 };
 
 /// A piece of code to run in a stream: shell text, a program, Python, a script file, a class or a Rust function.

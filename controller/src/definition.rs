@@ -54,7 +54,7 @@ pub(crate) struct Defined {
     pub(crate) name: StreamName,
     /// The type of the place: `local`, `tls`, `unix`, or another word.
     pub(crate) kind: String,
-    /// What stands behind `://`, or the key `host` (`path` for `unix`); empty when nothing does.
+    /// What stands behind `://`, or the key `host` (`path` for `unix`, `command` for `command`); empty when nothing does.
     pub(crate) address: String,
     /// Everything else that the type wants to know.
     pub(crate) options: BTreeMap<String, Setting>,

@@ -14,7 +14,7 @@ use std::{
     },
 };
 
-use millstream_agent::entry::{ROLE_VARIABLE, Relaunch, dispatch_and_exit};
+use millstream_agent::entry::{MOVED_STDERR, MOVED_STDOUT, ROLE_VARIABLE, Relaunch, Role, dispatch_and_exit};
 
 use crate::{
     alone,
@@ -142,6 +142,31 @@ pub(crate) fn relaunch() -> Result<Relaunch, EntryError> {
         None => "__millstream_entry".to_owned(),
     };
     Ok(Relaunch::of_test_binary(program, &test))
+}
+
+/// This program, and shell commands that make a copy of it, whose path is in `$program`, a relay to the agent of its host
+/// that greets with `$token`.
+///
+/// # Errors
+/// As [`relaunch`].
+pub(crate) fn as_relay() -> Result<(std::path::PathBuf, String), EntryError> {
+    let again = relaunch()?;
+    let quoted = |text: &OsString| millstream_common::text::quoted(&text.to_string_lossy());
+    let mut script = String::new();
+    for (name, value) in again.environment(Role::Stdio, &["$token".into()]) {
+        // The one argument is the shell's to fill in.
+        let value = if value == "$token" { "\"$token\"".to_owned() } else { quoted(&value) };
+        script += &format!("export {}={value}; ", name.to_string_lossy());
+    }
+    script += "exec \"$program\"";
+    for argument in &again.arguments {
+        script += &format!(" {}", quoted(argument));
+    }
+    if again.moved_output {
+        // What its harness prints must not be taken for the relay's. Why it does not run at all is still to be seen.
+        script += &format!(" {MOVED_STDOUT}>&1 {MOVED_STDERR}>&2 >/dev/null");
+    }
+    Ok((again.program, script))
 }
 
 /// Exit code of a block that could not be called.

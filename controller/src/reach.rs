@@ -11,14 +11,18 @@ use std::{
     path::PathBuf,
     pin::Pin,
     sync::{Arc, PoisonError, RwLock},
+    time::Duration,
 };
 
-use millstream_common::{pipe::BoxedPipe, text, tls};
+use millstream_common::{limits, pipe::BoxedPipe, text, tls};
 
 use crate::params::{HIDDEN, ReferenceError};
 
+pub(crate) mod child;
+pub(crate) mod command;
 pub mod local;
 pub(crate) mod nowhere;
+pub(crate) mod program;
 pub mod tcp;
 pub mod unix;
 
@@ -42,6 +46,11 @@ pub trait Reach: Send + Sync + fmt::Debug + 'static {
         true
     }
 
+    /// How long one dial may take before it is given up.
+    fn dial_max(&self) -> Duration {
+        limits::HANDSHAKE_MAX
+    }
+
     /// Called when the test is over, after the session was closed: ends what the reach itself started.
     fn release(&self) -> Pin<Box<dyn Future<Output = ()> + Send + '_>> {
         Box::pin(async {})
@@ -52,11 +61,12 @@ pub trait Reach: Send + Sync + fmt::Debug + 'static {
 #[derive(Clone, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub struct Place {
-    /// The type: `local`, `tls`, `unix`, or one that was registered.
+    /// The type: `local`, `tls`, `unix`, `command`, or one that was registered.
     pub kind: String,
-    /// What stands behind `://`, or the key `host` (`path` for `unix`); empty when nothing does.
+    /// What stands behind `://`, or the key `host` (`path` for `unix`, `command` for `command`); empty when nothing does.
     pub address: String,
-    /// All other keys that the type understands. What was kept in files and variables stands here in clear.
+    /// All other keys that the type understands. What was kept in files and variables stands here in clear; a list has a
+    /// line for each item.
     pub options: BTreeMap<String, String>,
     /// The keys whose values must never be shown: in no error, no description, no log.
     pub secrets: BTreeSet<String>,
@@ -120,6 +130,14 @@ pub enum PlaceError {
         /// The key that was probably meant.
         nearest: Option<String>,
     },
+    /// Keys that do not go together, or a value that none can have.
+    #[error("`{kind}` cannot be had: {reason}")]
+    Keys {
+        /// The type.
+        kind: String,
+        /// What is wrong with them, and what would be right.
+        reason: String,
+    },
     /// Something that is kept elsewhere cannot be had.
     #[error(transparent)]
     Reference(#[from] ReferenceError),
@@ -173,6 +191,16 @@ pub enum DialError {
         /// Which file, why, and what to do.
         reason: String,
     },
+    /// A program that should lead to the agent gave no connection.
+    #[error("{place} gives no connection: {reason}")]
+    Program {
+        /// The place.
+        place: String,
+        /// How the program ended and what it said.
+        reason: String,
+        /// Whether dialling again is useless.
+        is_final: bool,
+    },
     /// The stream's definition leads nowhere.
     #[error("{reason}")]
     Nowhere {
@@ -201,6 +229,7 @@ impl DialError {
     pub fn is_final(&self) -> bool {
         match self {
             Self::Connect { .. } | Self::Resolve { .. } => false,
+            Self::Program { is_final, .. } => *is_final,
             Self::Refused { .. }
             | Self::Credentials { .. }
             | Self::Nowhere { .. }
@@ -217,7 +246,7 @@ type Factory = Arc<dyn Fn(&Place) -> Result<Arc<dyn Reach>, PlaceError> + Send +
 static REGISTERED: RwLock<BTreeMap<String, Factory>> = RwLock::new(BTreeMap::new());
 
 /// The types that are always there.
-const BUILT_IN: [&str; 3] = ["local", "tls", "unix"];
+const BUILT_IN: [&str; 4] = ["command", "local", "tls", "unix"];
 
 /// Registers a type of streams under the name that definitions use, such as `vm` in `vm://rawhide`. A later registration
 /// of the same name replaces the earlier one; a type that is built in stays as it is.
@@ -253,6 +282,7 @@ pub(crate) fn resolve(place: &Place, surroundings: &Surroundings) -> Result<Arc<
             }
             Ok(Arc::clone(&surroundings.local) as Arc<dyn Reach>)
         }
+        "command" => Ok(Arc::new(command::Command::new(place)?)),
         "tls" => Ok(Arc::new(tcp::Tls::new(place)?)),
         "unix" => Ok(Arc::new(unix::Unix::new(place)?)),
         kind => {
@@ -287,6 +317,21 @@ fn only_options(place: &Place, known: &[&str]) -> Result<(), PlaceError> {
     })
 }
 
+/// A key that says yes or no; no unless it says so.
+fn truth(place: &Place, key: &str) -> Result<bool, PlaceError> {
+    match place.options.get(key).map(String::as_str) {
+        Some("true" | "yes" | "on") => Ok(true),
+        None | Some("false" | "no" | "off") => Ok(false),
+        Some(other) => {
+            Err(keys_error(place, format!("`{key}` is `{}`: write `yes` or `no`", other.escape_debug())))
+        }
+    }
+}
+
+fn keys_error(place: &Place, reason: impl Into<String>) -> PlaceError {
+    PlaceError::Keys { kind: place.kind.clone(), reason: reason.into() }
+}
+
 fn address_error(place: &Place, reason: impl Into<String>) -> PlaceError {
     PlaceError::Address { kind: place.kind.clone(), address: place.address.clone(), reason: reason.into() }
 }
@@ -303,7 +348,7 @@ mod tests {
     fn an_unknown_type_is_answered_with_the_nearest_one() {
         let error = resolve(&Place::new("unx", "/run/x"), &surroundings()).unwrap_err().to_string();
         assert!(
-            error.starts_with("stream type `unx` is unknown: use one of `local`, `tls`, `unix`"),
+            error.starts_with("stream type `unx` is unknown: use one of `command`, `local`, `tls`, `unix`"),
             "{error}"
         );
         assert!(error.ends_with("(did you mean `unix`?)"), "{error}");

@@ -7,7 +7,7 @@ use std::{fmt, sync::Arc};
 
 use millstream_common::{
     id::BlockName,
-    text::{counted, printable},
+    text::{self, UnclosedQuote, counted, printable},
 };
 
 use super::{Block, Kind};
@@ -80,29 +80,9 @@ impl BlockReference {
     /// # Errors
     /// When a quote is not closed.
     pub fn words(&self) -> Result<Vec<String>, UnclosedQuote> {
-        let (mut words, mut word, mut quote) = (Vec::new(), None::<String>, None);
-        let mut characters = self.text.chars();
-        while let Some(character) = characters.next() {
-            match (quote, character) {
-                (Some(open), _) if character == open => quote = None,
-                (None, '\'' | '"') => {
-                    quote = Some(character);
-                    word.get_or_insert_default();
-                }
-                (None | Some('"'), '\\') => word.get_or_insert_default().extend(characters.next()),
-                (None, _) if character.is_whitespace() => words.extend(word.take()),
-                _ => word.get_or_insert_default().push(character),
-            }
-        }
-        words.extend(word);
-        if quote.is_some() { Err(UnclosedQuote) } else { Ok(words) }
+        text::words(&self.text)
     }
 }
-
-/// A quote in a reference is not closed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("a quote is not closed")]
-pub struct UnclosedQuote;
 
 /// What a resolver has found.
 #[derive(Debug)]

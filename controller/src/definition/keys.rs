@@ -24,7 +24,8 @@ pub(super) struct BuiltIn {
 }
 
 /// The types that are always there.
-pub(super) const BUILT_IN: [BuiltIn; 3] = [
+pub(super) const BUILT_IN: [BuiltIn; 4] = [
+    BuiltIn { name: "command", address: Some("command"), keys: &["command", "host", "bring", "agent"] },
     BuiltIn { name: "local", address: None, keys: &[] },
     BuiltIn {
         name: "tls",
@@ -113,6 +114,9 @@ pub(super) fn check_address(definition: &Defined) -> Result<(), &'static str> {
         "tls" if address.trim_end_matches('/').is_empty() => {
             Err("write a host and, unless it is 7433, a port, as in `tls://host:7433`")
         }
+        "command" if address.is_empty() => Err(
+            "write the command that leads to an agent, as in `command://ip netns exec blue millstream-agent stdio`",
+        ),
         "unix" if !address.starts_with('/') => {
             Err("write the absolute path of the agent's socket, as in `unix:///run/millstream/agent.sock`")
         }
@@ -141,7 +145,11 @@ pub(super) fn take_address(definition: &mut Defined, origin: &Origin) -> Result<
         // Looked up when the stream is first used, and judged then.
         Some(Setting { value: Held::Elsewhere(_), .. }) => {}
         Some(Setting { value: Held::Here(address), .. }) => {
-            definition.address = address.clone();
+            // The words of a command may also stand in a list.
+            definition.address = match address.strip_suffix('\n') {
+                Some(items) if key == "command" => text::line(items.split('\n')),
+                _ => address.clone(),
+            };
             definition.options.remove(key);
             check_address(definition).map_err(|expected| {
                 let (name, given) = (definition.name.to_string(), definition.address.clone());
@@ -223,7 +231,12 @@ impl Reader<'_> {
         let value = match &node.value {
             Value::Scalar { text, .. } => Held::Here(text.clone()),
             Value::Reference(reference) => Held::Elsewhere(reference.clone()),
-            _ => return Err(self.refused(key, node, "write a text")),
+            // A line for each item, and an end for each line: so one item that holds spaces stays one.
+            Value::List(nodes) => {
+                let items: Result<Vec<_>, _> = nodes.iter().map(|node| self.text(key, node)).collect();
+                Held::Here(items?.iter().map(|item| format!("{item}\n")).collect())
+            }
+            _ => return Err(self.refused(key, node, "write a text or a list of texts")),
         };
         Ok(Setting { value, secret: node.secret || sounds_secret(key), origin: node.origin.clone() })
     }

@@ -178,9 +178,10 @@ impl From<DialError> for OpenError {
 
 /// A channel over a new pipe.
 pub(super) async fn dial(reach: &dyn Reach) -> Result<Client, OpenError> {
-    let pipe = timeout(limits::HANDSHAKE_MAX, reach.dial())
+    let most = reach.dial_max();
+    let pipe = timeout(most, reach.dial())
         .await
-        .map_err(|_| OpenError::Again(format!("no connection within {}", spoken(limits::HANDSHAKE_MAX))))??;
+        .map_err(|_| OpenError::Again(format!("no connection within {}", spoken(most))))??;
     let channel = pipe::endpoint_channel(|| async { Ok(pipe) })
         .await
         .map_err(|error| OpenError::Again(error.to_string()))?;

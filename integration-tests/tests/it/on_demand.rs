@@ -19,12 +19,12 @@ const HELLO: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0";
 const SETTINGS: u8 = 4;
 
 /// A program of one's own: its agents on demand are nobody else's.
-struct Program {
+pub(crate) struct Program {
     directory: tempfile::TempDir,
 }
 
 impl Program {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let program = tools::agent_program();
         // Beside the original, so that it can be another name for the same file.
         let directory = tempfile::tempdir_in(program.parent().unwrap()).unwrap();
@@ -33,7 +33,16 @@ impl Program {
         new
     }
 
-    fn path(&self) -> PathBuf {
+    /// A copy with another digest: nobody else has brought it anywhere.
+    pub(crate) fn of_its_own() -> Self {
+        let new = Self { directory: tempfile::tempdir().unwrap() };
+        fs::copy(tools::agent_program(), new.path()).unwrap();
+        let mut file = fs::OpenOptions::new().append(true).open(new.path()).unwrap();
+        file.write_all(new.path().as_os_str().as_encoded_bytes()).unwrap();
+        new
+    }
+
+    pub(crate) fn path(&self) -> PathBuf {
         self.directory.path().join("agent")
     }
 
@@ -42,13 +51,8 @@ impl Program {
     }
 
     /// The agents that run, found by the name of their program and what they were told.
-    fn agents(&self) -> Vec<u32> {
-        let all = processes::with_variable("MILLSTREAM_ENTRY=on-demand");
-        all.into_iter().filter(|pid| self.runs_as(*pid)).collect()
-    }
-
-    fn runs_as(&self, pid: u32) -> bool {
-        fs::read_link(format!("/proc/{pid}/exe")).is_ok_and(|program| program == self.path())
+    pub(crate) fn agents(&self) -> Vec<u32> {
+        agents_of(&self.path())
     }
 
     /// Where the one agent lies.
@@ -60,9 +64,29 @@ impl Program {
         PathBuf::from(argument)
     }
 
-    fn wait_until_gone(&self) {
-        wait_until_true("the agent on demand ends", SOON, || self.agents().is_empty());
+    pub(crate) fn wait_until_gone(&self) {
+        wait_until_gone(&self.path());
     }
+}
+
+/// The agents on demand of a program.
+pub(crate) fn agents_of(program: &Path) -> Vec<u32> {
+    let all = processes::with_variable("MILLSTREAM_ENTRY=on-demand");
+    all.into_iter().filter(|pid| runs_as(*pid, program)).collect()
+}
+
+/// The relays that lead to them.
+pub(crate) fn relays_of(program: &Path) -> Vec<u32> {
+    processes::with_argument("stdio").into_iter().filter(|pid| runs_as(*pid, program)).collect()
+}
+
+fn runs_as(pid: u32, program: &Path) -> bool {
+    fs::read_link(format!("/proc/{pid}/exe")).is_ok_and(|runs| runs == program)
+}
+
+/// Waits until nobody wants an agent of this program any more, and it has ended.
+pub(crate) fn wait_until_gone(program: &Path) {
+    wait_until_true("the agent on demand ends", SOON, || agents_of(program).is_empty());
 }
 
 /// One relay, as a test of its bytes sees it.
