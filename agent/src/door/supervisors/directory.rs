@@ -131,9 +131,11 @@ impl SessionDirectory {
         self.task(task).join("archive.tar")
     }
 
-    /// Makes the directory; nobody but the agent's user may look into it.
+    /// Makes the directory; nobody but the agent's user may look into it. Its supervisor lets blocks of other users pass
+    /// through it to their own directories.
     pub(crate) fn create(&self) -> io::Result<()> {
-        fs::DirBuilder::new().recursive(true).mode(0o700).create(self.path.join("tasks"))?;
+        fs::DirBuilder::new().recursive(true).mode(0o700).create(&self.path)?;
+        fs::DirBuilder::new().recursive(true).mode(0o711).create(self.path.join("tasks"))?;
         write_whole(&self.path.join("boot_id"), boot_id().as_bytes())
     }
 
