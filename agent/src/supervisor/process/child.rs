@@ -4,8 +4,8 @@
 //! through a pipe and ends.
 
 use std::{
-    ffi::{CString, c_char, c_int},
-    io,
+    ffi::{CStr, CString, c_char, c_int},
+    fs, io,
     os::{
         fd::{AsRawFd, BorrowedFd, FromRawFd as _, OwnedFd, RawFd},
         unix::ffi::OsStrExt as _,
@@ -43,6 +43,8 @@ pub(super) struct Image {
     report: RawFd,
     gate: Option<RawFd>,
     ignored: &'static [c_int],
+    /// How readily the kernel ends it when memory runs out, unless it is as we are.
+    kill_score: Option<&'static CStr>,
 }
 
 impl Image {
@@ -87,6 +89,7 @@ impl Image {
             report: report.as_raw_fd(),
             gate: gate.map(AsRawFd::as_raw_fd),
             ignored: ignored_signals(),
+            kill_score: kill_score(),
         })
     }
 }
@@ -182,6 +185,9 @@ unsafe fn run_child(image: &Image) -> ! {
             libc::signal(signal, libc::SIG_DFL);
         }
         libc::setsid();
+        if let Some(score) = image.kill_score {
+            set_kill_score(score);
+        }
         for &join in &image.joins {
             if libc::write(join, c"0".as_ptr().cast(), 1) != 1 {
                 failed(Step::Limits);
@@ -306,6 +312,19 @@ unsafe fn close_all_but(image: &Image, report: RawFd, gate: RawFd) {
     unsafe { libc::syscall(libc::SYS_close_range, from.max(3), u32::MAX, 0) };
 }
 
+/// A process may always be made easier to kill. Where that fails, it is as hard to kill as we are, and runs all the same.
+#[expect(unsafe_code, reason = "see `run_child`")]
+unsafe fn set_kill_score(score: &CStr) {
+    // SAFETY: both texts live until the calls are over.
+    unsafe {
+        let file = libc::open(KILL_SCORE_FILE.as_ptr(), libc::O_WRONLY | libc::O_CLOEXEC);
+        if file >= 0 {
+            libc::write(file, score.as_ptr().cast(), score.count_bytes());
+            libc::close(file);
+        }
+    }
+}
+
 /// Raw calls: those of the C library would ask all threads of a process that has none here to follow.
 #[expect(unsafe_code, reason = "see `run_child`")]
 unsafe fn become_user(uid: u32, gid: u32, groups: &[u32]) -> bool {
@@ -348,4 +367,60 @@ fn ignored_signals() -> &'static [c_int] {
         };
         (1..=64).filter(is_ignored).collect()
     })
+}
+
+/// Where a process says how readily it is killed when memory runs out.
+const KILL_SCORE_FILE: &CStr = c"/proc/self/oom_score_adj";
+
+/// What a block gets when we were made hard to kill: when memory runs out, blocks go first.
+fn kill_score() -> Option<&'static CStr> {
+    static OWN: OnceLock<Option<&'static CStr>> = OnceLock::new();
+    *OWN.get_or_init(|| {
+        let own = fs::read_to_string("/proc/self/oom_score_adj").unwrap_or_default();
+        kill_score_beside(&own)
+    })
+}
+
+fn kill_score_beside(own: &str) -> Option<&'static CStr> {
+    own.trim().parse::<i32>().is_ok_and(|own| own < 0).then_some(c"0")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{io::Read as _, os::fd::AsFd as _};
+
+    use super::*;
+
+    #[test]
+    fn blocks_are_easier_to_kill_than_agents_that_were_made_hard_to_kill() {
+        assert_eq!(kill_score_beside("-900\n"), Some(c"0"));
+        assert_eq!(kill_score_beside("0\n"), None);
+        assert_eq!(kill_score_beside("300\n"), None);
+    }
+
+    #[test]
+    fn a_process_gets_the_score_that_it_is_to_have() {
+        let launch = Launch {
+            argv: vec!["cat".to_owned(), "/proc/self/oom_score_adj".to_owned()],
+            environment: vec![("PATH".to_owned(), "/usr/bin:/bin".to_owned())],
+            working_directory: "/".into(),
+            user: None,
+            moved: None,
+            held: false,
+            reports: None,
+        };
+        let null = fs::OpenOptions::new().read(true).write(true).open("/dev/null").unwrap();
+        let (mut reader, writer) = io::pipe().unwrap();
+        let (_report, report_end) = io::pipe().unwrap();
+        let channels =
+            Channels { null: null.as_fd(), stdout: writer.as_fd(), stderr: writer.as_fd(), reports: None };
+        let mut image = Image::new(&launch, channels, Vec::new(), &report_end.into(), None).unwrap();
+        // Any process may raise its own; lowering it takes a privilege that a test may lack.
+        image.kill_score = Some(c"321");
+        make(&image, None).unwrap();
+        drop(writer);
+        let mut told = String::new();
+        reader.read_to_string(&mut told).unwrap();
+        assert_eq!(told, "321\n");
+    }
 }
