@@ -125,12 +125,7 @@ pub const SPARES_COUNT_MAX: usize = 64;
 /// Tasks of one test.
 pub const TEST_TASKS_COUNT_MAX: usize = 1_000_000;
 
-/// How long a test waits in line for a host that others have, unless it says otherwise.
-pub const LINE_WAIT: Duration = Duration::from_secs(600);
-/// How long others may have waited for a host that a test holds while it waits itself for one that comes earlier in the
-/// order: then it waits no longer.
-pub const LINE_YIELD: Duration = Duration::from_secs(30);
-/// How long a host may take to be reached; waiting in line for it does not count.
+/// How long a host may take to be reached.
 pub const REACH_MAX: Duration = Duration::from_secs(30);
 /// First pause before a connection is tried again; doubled each time.
 pub const RECONNECT_PAUSE_MIN: Duration = Duration::from_millis(50);
@@ -140,6 +135,10 @@ pub const RECONNECT_PAUSE_MAX: Duration = Duration::from_secs(2);
 pub const TEST_DEADLINE: Duration = Duration::from_secs(3600);
 /// How long dropping the streams waits for hosts to end their sessions.
 pub const CLOSE_MAX: Duration = Duration::from_secs(5);
+
+/// How long an agent that was asked to end goes on with the calls that it has. Some never end by themselves, and as long as it
+/// waits for them no other agent can take its place.
+pub const DOOR_END_MAX: Duration = Duration::from_secs(1);
 
 /// Between SIGTERM and SIGKILL unless a block says otherwise.
 pub const GRACE: Duration = Duration::from_secs(5);

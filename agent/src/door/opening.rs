@@ -22,7 +22,6 @@ use super::{
     acceptor::{self, Connection, Listener, Places},
     identity::{self, Caller},
     service::Service,
-    shares::Starts,
     status::{self, LastErrors},
     store::Store,
     supervisors::{self, Notice, Starter},
@@ -30,7 +29,7 @@ use super::{
 use crate::{
     entry::Relaunch,
     host,
-    session::{Bounds, Drain, Event, Sessions},
+    session::{Drain, Event, Sessions},
     supervisor::{
         blobs::BlobError,
         cgroup::{
@@ -59,8 +58,6 @@ pub struct DoorConfig {
     pub supervisors: Supervisors,
     /// Bytes that shipped files may take together: [`limits::BLOBS_BYTES_MAX`] for a real agent.
     pub blobs_bytes_max: u64,
-    /// How long leases may be, and how much one identity may have.
-    pub bounds: Bounds,
 }
 
 /// Why the door does not open.
@@ -170,11 +167,10 @@ impl Door {
             last_errors: LastErrors::default(),
             disk_use: Arc::default(),
             starter,
-            sessions: Mutex::new(Sessions::within(config.bounds)),
+            sessions: Mutex::new(Sessions::new()),
             record: Mutex::default(),
             deadline_changed: Notify::new(),
             askings: Mutex::default(),
-            starts: Starts::default(),
             next_ticket: AtomicU64::new(1),
             supervised: Mutex::default(),
             notices: notices_in,
@@ -229,7 +225,7 @@ impl Door {
             );
         let ended = async {
             shutdown.cancelled().await;
-            tokio::time::sleep(limits::CLOSE_MAX).await;
+            tokio::time::sleep(limits::DOOR_END_MAX).await;
         };
         let served = tokio::select! {
             served = serving => served.map_err(DoorError::Serve),
