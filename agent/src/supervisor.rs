@@ -368,6 +368,7 @@ fn say(line: &str) {
 
 fn serve(directory: &Path) -> Result<(), SupervisorError> {
     leave_terminal();
+    cgroup::home::leave_agent();
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         // Packing and copying only.

@@ -5,6 +5,7 @@
 //! is refused. Nothing here knows what a task is.
 
 pub(crate) mod claim;
+pub(crate) mod home;
 mod limits;
 mod marked;
 #[cfg(test)]
@@ -39,7 +40,7 @@ const KILL_PASSES_MAX: usize = 1_000;
 /// Where this process stands in the control groups of its host.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Hierarchies {
-    /// Directory of our own group of version 2.
+    /// Directory of our own group of version 2, or of the one that we were told to use instead.
     pub(crate) unified: Option<PathBuf>,
     /// Directories of our own groups of version 1: memory, pids, cpu.
     memory: Option<PathBuf>,
@@ -89,8 +90,9 @@ impl Hierarchies {
     #[must_use]
     pub fn find() -> Self {
         let read = |path| fs::read_to_string(path).unwrap_or_default();
-        let mut found = Self::parse(&read("/proc/self/mountinfo"), &read("/proc/self/cgroup"));
-        found.unified = found.unified.filter(|path| is_writable(path));
+        let mounts = read("/proc/self/mountinfo");
+        let mut found = Self::parse(&mounts, &read("/proc/self/cgroup"));
+        found.unified = home::told(&mounts).or(found.unified).filter(|path| is_writable(path));
         for group in [&mut found.memory, &mut found.pids, &mut found.cpu] {
             *group = group.take().filter(|path| is_writable(path));
         }
