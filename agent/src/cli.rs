@@ -1,6 +1,7 @@
 //! The command line of the agent: what each command does, in one place; how it does it lies in other rooms.
 
 mod dial;
+mod pages;
 mod status;
 mod upkeep;
 
@@ -27,10 +28,13 @@ use crate::{
     entry::Relaunch,
     pki::{self, Authority, CERTIFICATE_LIFE, PkiError, Wanted},
     stdio::{Relay, RelayError},
+    supervisor::cgroup::home,
 };
 
 /// Variable that says what is logged, such as `debug` or `millstream_agent=trace`.
 const LOG_VARIABLE: &str = "MILLSTREAM_LOG";
+/// Exit code when a person must change a file first: `EX_CONFIG` of `sysexits.h`, which the systemd unit names.
+const EXIT_CONFIGURATION: u8 = 78;
 /// Threads that serve connections: with two, TLS of one connection does not hold up another.
 const WORKER_THREADS: usize = 2;
 
@@ -59,6 +63,13 @@ enum Command {
     Undrain(upkeep::Undrain),
     /// Try again to end and remove what ended sessions have left behind.
     Clean(upkeep::Clean),
+    /// Print completions for a shell.
+    Completions(pages::Completions),
+    /// Write the manual pages of all commands.
+    Manual(pages::Manual),
+    /// Keep the control group of this process for agents until ended: for init systems.
+    #[command(hide = true)]
+    KeepGroup,
 }
 
 #[derive(Debug, Args)]
@@ -170,6 +181,8 @@ enum RunError {
     Status(#[from] status::StatusError),
     #[error(transparent)]
     Upkeep(#[from] upkeep::UpkeepError),
+    #[error(transparent)]
+    Page(#[from] pages::WritePageError),
     #[error("failed to {attempt}: {}", millstream_common::tls::reason(source))]
     System {
         attempt: &'static str,
@@ -193,13 +206,28 @@ pub fn run() -> ExitCode {
         Command::Drain(drain) => run_alone(drain.run()),
         Command::Undrain(undrain) => run_alone(undrain.run()),
         Command::Clean(clean) => run_alone(clean.run()),
+        Command::KeepGroup => keep_group(),
+        Command::Completions(completions) => print(&completions.text()),
+        Command::Manual(manual) => manual.write().map_err(RunError::from).and_then(|written| {
+            print(&written.iter().map(|path| format!("made {}\n", path.display())).collect::<String>())
+        }),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             // Standard error may be closed; the exit code says it as well.
             let _closed: io::Result<()> = writeln!(io::stderr(), "millstream-agent: {error}");
-            ExitCode::FAILURE
+            error.exit_code()
+        }
+    }
+}
+
+impl RunError {
+    /// Tells an init system whether trying again may help.
+    fn exit_code(&self) -> ExitCode {
+        match self {
+            Self::Config(error) if !error.may_pass() => ExitCode::from(EXIT_CONFIGURATION),
+            _ => ExitCode::FAILURE,
         }
     }
 }
@@ -264,6 +292,7 @@ impl Serve {
 }
 
 async fn serve(config: Config, relaunch: Relaunch) -> Result<(), RunError> {
+    home::check();
     let tls = config.tls_config()?;
     let door_config = DoorConfig {
         state: config.state_directory.clone(),
@@ -271,7 +300,6 @@ async fn serve(config: Config, relaunch: Relaunch) -> Result<(), RunError> {
         base_environment: base_environment(),
         supervisors: Supervisors::Processes,
         blobs_bytes_max: limits::BLOBS_BYTES_MAX,
-        bounds: config.bounds.clone(),
     };
     // First the state: an agent that may not use it must not take the socket of the one that does.
     let door = Door::open(door_config, World::system()).await?;
@@ -307,6 +335,20 @@ fn end_on_signals(shutdown: &CancellationToken) -> Result<(), RunError> {
         shutdown.cancel();
     });
     Ok(())
+}
+
+/// Holds a control group that outlives agents; ended by a signal. On a host without such groups there is nothing to hold,
+/// and the agent does without.
+fn keep_group() -> Result<(), RunError> {
+    log_to_standard_error("info");
+    match home::keep() {
+        Ok(group) => info!(group = %group.display(), "kept for agents"),
+        Err(error) => warn!(%error, "no control group is kept for agents"),
+    }
+    tell_init_system("READY=1");
+    loop {
+        std::thread::park();
+    }
 }
 
 /// Tells an init system that waits for it; without one there is nobody to tell.
@@ -397,5 +439,13 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         CommandLine::command().debug_assert();
+    }
+
+    #[test]
+    fn the_unit_knows_the_exit_code_that_no_restart_helps() {
+        let missing = RunError::from(Config::load(Path::new("/nonexistent/agent.yaml")).unwrap_err());
+        assert_eq!(missing.exit_code(), ExitCode::from(EXIT_CONFIGURATION));
+        let unit = include_str!("../../deploy/systemd/millstream-agent.service");
+        assert!(unit.contains(&format!("\nRestartPreventExitStatus={EXIT_CONFIGURATION}\n")), "{unit}");
     }
 }

@@ -60,8 +60,6 @@ pub(crate) struct Defined {
     pub(crate) options: BTreeMap<String, Setting>,
     /// Whether the host is reserved for this test.
     pub(crate) exclusive: bool,
-    /// How long the test waits in line for the host.
-    pub(crate) wait: Option<Duration>,
     /// What holds for every block that runs there.
     pub(crate) defaults: Defaults,
     /// Where the definition was written.
@@ -129,7 +127,6 @@ impl Defined {
             address: String::new(),
             options: BTreeMap::new(),
             exclusive: false,
-            wait: None,
             defaults: Defaults::default(),
             origin,
             reach: None,

@@ -7,7 +7,9 @@
 pub mod agent;
 pub mod authority;
 pub mod lab;
+pub mod machine;
 pub mod namespace;
+pub mod package;
 pub mod processes;
 pub mod tools;
 pub mod wait;

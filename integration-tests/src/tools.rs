@@ -77,6 +77,18 @@ pub fn avocado_programs() -> PathBuf {
         .expect("no Avocado below target/tools: run integration-tests/setup")
 }
 
+/// cargo-deb: put below `target/tools` by `integration-tests/setup`, or on the `PATH`.
+///
+/// # Panics
+/// When it is nowhere.
+#[must_use]
+pub fn cargo_deb() -> PathBuf {
+    below_target("tools/cargo-deb/bin/cargo-deb")
+        .chain(on_path("cargo-deb"))
+        .find(|path| path.is_file())
+        .expect("no cargo-deb: run integration-tests/setup")
+}
+
 /// Where something may lie below the directory that cargo builds in.
 fn below_target(path: &'static str) -> impl Iterator<Item = PathBuf> {
     let this = env::current_exe().expect("the system knows the program's path");

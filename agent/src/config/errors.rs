@@ -132,6 +132,13 @@ pub enum ConfigError {
     },
 }
 
+impl ConfigError {
+    /// Whether the same configuration may work later: what is in the way may go without anybody changing a file.
+    pub(crate) fn may_pass(&self) -> bool {
+        matches!(self, Self::Bind { .. } | Self::BindUnix { .. } | Self::UnixInUse { .. })
+    }
+}
+
 fn meant(near: Option<&'static str>, keys: &[&str]) -> String {
     match near {
         Some(near) => format!(": did you mean `{near}`?"),

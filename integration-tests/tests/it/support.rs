@@ -32,13 +32,21 @@ pub(crate) fn open_with(lab: &Lab, test: &str, certificate: &Certificate) -> Res
 
 /// A block that prints numbered lines until the test lets it end, and tells on the side how far it is.
 pub(crate) struct Ticker {
+    /// As the test sees it.
     directory: PathBuf,
+    /// As the block sees it.
+    inside: PathBuf,
 }
 
 impl Ticker {
     pub(crate) fn new(directory: &Path) -> Self {
+        Self::with_view(directory, directory)
+    }
+
+    /// For a block that sees other files than the test: `inside` is the directory as it sees it.
+    pub(crate) fn with_view(directory: &Path, inside: &Path) -> Self {
         fs::create_dir_all(directory).unwrap();
-        Self { directory: directory.to_path_buf() }
+        Self { directory: directory.to_path_buf(), inside: inside.to_path_buf() }
     }
 
     /// The block. Its last line is `end N` with the number of lines before.
@@ -53,7 +61,7 @@ impl Ticker {
              \tsleep 0.05\n\
              done\n\
              echo \"end $n\"\n",
-            directory = self.directory.display()
+            directory = self.inside.display()
         ))
         .name("ticker")
     }

@@ -14,7 +14,6 @@ mod plan;
 mod promises;
 mod run;
 mod scripts;
-mod sharing;
 
 use std::{env, ops::Range};
 

@@ -1,0 +1,30 @@
+//! Installing as administrators do it: the real package with the real dpkg on machines with systemd and an SSH server of
+//! their own, by the words of deploy/README.md; and what becomes of tasks while the agent below them is replaced.
+
+mod document;
+mod script;
+mod tasks;
+
+use std::path::Path;
+
+use millstream_integration_tests::{authority::Certificate, lab::Lab, machine::Machine, package::Package};
+
+/// A machine for the one host of a lab.
+fn boot(lab: &Lab, name: &str) -> Machine {
+    let directory = lab.directory().join(name);
+    std::fs::create_dir_all(&directory).unwrap();
+    Machine::boot(lab.host(name), &directory, &[])
+}
+
+fn package(lab: &Lab, version: &str) -> Package {
+    Package::make(version, &lab.directory().join("packages"))
+}
+
+/// Puts an agent's certificate where the default configuration looks for it.
+fn bring_certificate(machine: &Machine, certificate: &Certificate) {
+    let bring = |from: &Path, to: &str| machine.bring(from, &format!("/etc/millstream/{to}"));
+    bring(&certificate.authority, "ca.pem");
+    bring(&certificate.revocations, "revoked.pem");
+    bring(&certificate.certificate, "agent.pem");
+    bring(&certificate.key, "agent.key");
+}
