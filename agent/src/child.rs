@@ -27,6 +27,7 @@ use tracing::error;
 use crate::{
     door::{Door, DoorConfig, DoorError, Listener, Supervisors},
     entry::{Relaunch, is_entry_variable},
+    session::Bounds,
 };
 
 /// Its socket in its directory.
@@ -115,6 +116,7 @@ async fn serve(directory: &Path, relaunch: Relaunch) -> Result<(), ChildError> {
         base_environment: environment_of_the_test(),
         supervisors: Supervisors::Inside,
         blobs_bytes_max: limits::BLOBS_BYTES_MAX,
+        bounds: Bounds::default(),
     };
     let door = Door::open(config, World::system()).await?;
     let ending = door.ending();

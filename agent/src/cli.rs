@@ -300,6 +300,7 @@ async fn serve(config: Config, relaunch: Relaunch) -> Result<(), RunError> {
         base_environment: base_environment(),
         supervisors: Supervisors::Processes,
         blobs_bytes_max: limits::BLOBS_BYTES_MAX,
+        bounds: config.bounds.clone(),
     };
     // First the state: an agent that may not use it must not take the socket of the one that does.
     let door = Door::open(door_config, World::system()).await?;

@@ -17,8 +17,12 @@ use millstream_common::{
 };
 use tokio::net::{TcpListener, UnixListener};
 
-use crate::door::{Admission, Listener};
+use crate::{
+    door::{Admission, Listener},
+    session::Bounds,
+};
 
+mod bounds;
 mod errors;
 
 pub use errors::ConfigError;
@@ -36,7 +40,7 @@ const FILE_BYTES_MAX: u64 = 1024 * 1024;
 /// Everybody on the host may connect: who is there is told by the kernel, and what each may do by the table of calls.
 const SOCKET_MODE: u32 = 0o666;
 
-const KEYS: &[&str] = &["listen", "state_directory", "tls", "unix_socket"];
+const KEYS: &[&str] = &["limits", "listen", "state_directory", "tls", "unix_socket"];
 const TLS_KEYS: &[&str] = &["authority", "certificate", "key", "revocations"];
 /// Other words that are understood, and the ones that they stand for.
 const ALIASES: [(&str, &str); 1] = [("ca", "authority")];
@@ -78,6 +82,8 @@ pub struct Config {
     pub state_directory: PathBuf,
     /// Certificate, key and authority; without them only loopback is listened on.
     pub tls: Option<Placed<TlsPaths>>,
+    /// How long leases may be, and how much one identity may have.
+    pub bounds: Bounds,
 }
 
 impl Config {
@@ -106,6 +112,7 @@ impl Config {
         let mut config = Self::built_in(file);
         for (key, value) in reader.mapping(root, "the configuration", "the configuration", KEYS)? {
             match key {
+                "limits" => config.bounds = reader.bounds(value)?,
                 "listen" => config.listen = reader.addresses(value)?,
                 "unix_socket" => config.unix_socket = reader.path("unix_socket", value)?,
                 "state_directory" => config.state_directory = reader.path("state_directory", value)?.value,
@@ -126,6 +133,7 @@ impl Config {
             unix_socket: Placed { value: UNIX_SOCKET.into(), place },
             state_directory: STATE.into(),
             tls: None,
+            bounds: Bounds::default(),
         }
     }
 
@@ -359,7 +367,7 @@ mod tests {
         check(
             "colour: red",
             &expect![
-                "agent.yaml:1:1: `colour` is no key of the configuration: there are listen, state_directory, tls, unix_socket"
+                "agent.yaml:1:1: `colour` is no key of the configuration: there are limits, listen, state_directory, tls, unix_socket"
             ],
         );
         check(

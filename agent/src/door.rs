@@ -11,6 +11,7 @@ pub mod identity;
 mod opening;
 pub mod reload;
 pub(crate) mod service;
+mod shares;
 pub mod status;
 pub(crate) mod store;
 pub(crate) mod supervisors;
@@ -42,6 +43,7 @@ use tracing::{error, info, warn};
 pub(crate) use self::opening::{Ending, STATE_PATH_BYTES_MAX};
 use self::{
     acceptor::Places,
+    shares::Starts,
     status::{DiskUse, LastErrors},
     store::Store,
     supervisors::{Kept, Notice, SessionDirectory, StartError, Starter, Supervised},
@@ -53,7 +55,7 @@ pub use self::{
     supervisors::{StartSupervisor, Starting, Supervisors},
 };
 use crate::{
-    session::{Action, Asking, Event, OpenRefusal, Sessions, Ticket},
+    session::{Action, Asking, Event, Key, OpenRefusal, Owner, Sessions, Ticket},
     supervisor::cgroup::claim::Claim,
 };
 
@@ -85,6 +87,7 @@ pub(crate) struct Shared {
     deadline_changed: Notify,
     askings: Mutex<BTreeMap<Ticket, oneshot::Sender<Result<Admitted, OpenRefusal>>>>,
     next_ticket: AtomicU64,
+    starts: Starts,
     supervised: Mutex<BTreeMap<SessionId, Arc<Slot>>>,
     notices: mpsc::Sender<(SessionId, Notice)>,
     status_changed: watched::Sender<u64>,
@@ -279,6 +282,11 @@ impl Shared {
             }
         };
         directory.keep(&kept)
+    }
+
+    /// A controller gives up a session that it may only have asked for.
+    pub(crate) fn withdraw(&self, key: Key, owner: Owner) {
+        self.tell(Event::Withdrawn { key, owner });
     }
 
     /// The supervisor has taken a renewal.

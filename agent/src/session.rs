@@ -11,6 +11,7 @@
 //! nothing on disk. Time is the host's since its start, time asleep included: a process that slept past a lease finds it
 //! over before it serves anything.
 
+mod bounds;
 #[cfg(test)]
 mod tests;
 mod words;
@@ -22,6 +23,7 @@ use std::{
 
 use millstream_common::{id::SessionId, limits};
 
+pub use bounds::{Bounds, Share};
 pub use words::{
     Access, Action, Asking, Drain, Event, Found, Key, KeyRefusal, OpenRefusal, Owner, Secret, Ticket,
 };
@@ -101,6 +103,7 @@ pub struct Sessions {
     closed: VecDeque<SessionId>,
     draining: Option<Drain>,
     survivors: Vec<String>,
+    bounds: Bounds,
 }
 
 impl Sessions {
@@ -108,6 +111,24 @@ impl Sessions {
     #[must_use]
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// None yet, and no more than these bounds allow.
+    #[must_use]
+    pub fn within(bounds: Bounds) -> Self {
+        Self { bounds, ..Self::default() }
+    }
+
+    /// What the host's administrator allows.
+    #[must_use]
+    pub fn bounds(&self) -> &Bounds {
+        &self.bounds
+    }
+
+    /// How many wait in line for this host.
+    #[must_use]
+    pub fn waiting_count(&self) -> usize {
+        self.waiting.len()
     }
 
     /// Takes in one event. Never blocks and never reads a clock: `now` is the time since the start of the host.
@@ -133,6 +154,7 @@ impl Sessions {
                 }
             }
             Event::Closed { session_id } => self.forget(session_id),
+            Event::Withdrawn { key, owner } => self.withdraw(&key, &owner, actions),
             Event::Abandoned { session_id } => drop(self.sessions.remove(&session_id)),
             Event::Connected { session_id, came } => {
                 if let Some(session) = self.sessions.get_mut(&session_id) {
@@ -238,7 +260,7 @@ impl Sessions {
             actions.push(Action::Refuse { ticket, refusal });
             return;
         }
-        let until = now + limits::OPEN_WAIT_MAX;
+        let until = now + asking.patience;
         let place = self.waiting.iter_mut().find(|waiter| waiter.asking.session_id == asking.session_id);
         match place {
             Some(waiter)
@@ -276,7 +298,43 @@ impl Sessions {
         if self.sessions.len() + self.waiting.len() >= limits::SESSIONS_COUNT_MAX {
             return Some(OpenRefusal::TooMany { limit: limits::SESSIONS_COUNT_MAX });
         }
-        None
+        self.share_used_up(asking)
+    }
+
+    /// Whether the asking's identity has all that it may have of this host.
+    fn share_used_up(&self, asking: &Asking) -> Option<OpenRefusal> {
+        let limit = self.bounds.of(&asking.owner).sessions?;
+        let open =
+            self.sessions.values().filter(|session| session.owner == asking.owner && session.holds_host());
+        let waiting = self
+            .waiting
+            .iter()
+            .map(|waiter| &waiter.asking)
+            .filter(|other| other.owner == asking.owner && other.session_id != asking.session_id);
+        let clients: Vec<&str> = open
+            .map(|session| session.client.as_str())
+            .chain(waiting.map(|other| other.client.as_str()))
+            .collect();
+        (clients.len() >= limit).then(|| OpenRefusal::ShareUsedUp {
+            owner: asking.owner.clone(),
+            limit,
+            clients: few(&clients),
+        })
+    }
+
+    /// Gives up a place in the line: whoever knows the session's secret and has its identity may.
+    fn withdraw(&mut self, key: &Key, owner: &Owner, actions: &mut Vec<Action>) {
+        let own = |waiter: &Waiter| {
+            let asking = &waiter.asking;
+            asking.session_id == key.session_id
+                && asking.owner == *owner
+                && asking.secret.matches(&key.secret)
+        };
+        if let Some(place) = self.waiting.iter().position(own)
+            && let Some(Waiter { ticket: Some(ticket), .. }) = self.waiting.remove(place)
+        {
+            actions.push(Action::Refuse { ticket, refusal: OpenRefusal::Ended });
+        }
     }
 
     /// Lets in whoever is first in line as long as nobody stands in the way, and answers those who have waited enough.
@@ -436,6 +494,16 @@ impl Session {
             lost: false,
         }
     }
+}
+
+/// Some of what controllers call themselves, for people.
+fn few(clients: &[&str]) -> String {
+    const SHOWN: usize = 4;
+    let mut text = clients.iter().take(SHOWN).copied().collect::<Vec<_>>().join(", ");
+    if clients.len() > SHOWN {
+        text += &format!(" and {} more", clients.len() - SHOWN);
+    }
+    text
 }
 
 /// Gives a session back to its controller, with a higher epoch.

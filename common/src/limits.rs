@@ -125,7 +125,12 @@ pub const SPARES_COUNT_MAX: usize = 64;
 /// Tasks of one test.
 pub const TEST_TASKS_COUNT_MAX: usize = 1_000_000;
 
-/// How long a host may take to be reached.
+/// How long a test waits in line for a host that others have, unless it says otherwise.
+pub const LINE_WAIT: Duration = Duration::from_secs(600);
+/// How long others may have waited for a host that a test holds while it waits itself for one that comes earlier in the
+/// order: then it waits no longer.
+pub const LINE_YIELD: Duration = Duration::from_secs(30);
+/// How long a host may take to be reached; waiting in line for it does not count.
 pub const REACH_MAX: Duration = Duration::from_secs(30);
 /// First pause before a connection is tried again; doubled each time.
 pub const RECONNECT_PAUSE_MIN: Duration = Duration::from_millis(50);

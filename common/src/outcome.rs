@@ -139,7 +139,7 @@ reasons! {
     LimitsUnavailable = "limits_unavailable",
     /// The host has no space or no more processes to give.
     HostExhausted = "host_exhausted",
-    /// The host could not be reached in time.
+    /// The host could not be reached in time, or others had it for too long.
     Unreachable = "unreachable",
     /// The block itself is not valid: known before anything was sent.
     InvalidBlock = "invalid_block",

@@ -14,6 +14,9 @@ pub const FEATURES: &[&str] = &["archive-offset", "hold", "relay-replay", "secre
 /// `ready`, follows. What was printed before, by a login shell for example, is noise.
 pub const GREETING: &str = "millstream-stdio";
 
+/// How the refusal of a session ends that a controller waits for in line: it asks again, and keeps its place.
+pub const ASK_AGAIN: &str = ": ask again, the place is kept";
+
 /// What one end speaks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Spoken<'a> {

@@ -60,6 +60,8 @@ pub(crate) struct Defined {
     pub(crate) options: BTreeMap<String, Setting>,
     /// Whether the host is reserved for this test.
     pub(crate) exclusive: bool,
+    /// How long the test waits in line for the host.
+    pub(crate) wait: Option<Duration>,
     /// What holds for every block that runs there.
     pub(crate) defaults: Defaults,
     /// Where the definition was written.
@@ -127,6 +129,7 @@ impl Defined {
             address: String::new(),
             options: BTreeMap::new(),
             exclusive: false,
+            wait: None,
             defaults: Defaults::default(),
             origin,
             reach: None,

@@ -45,12 +45,14 @@ mod links;
 pub(crate) mod mailbox;
 mod prepare;
 pub(crate) mod scribe;
+mod together;
 
 use cut::Cut;
 pub(crate) use handle::{Blocked, Handle, Input, Schedule, handle};
 use mailbox::Mailbox;
 pub(crate) use prepare::Ready;
 use scribe::{Recorder, Scribe};
+use together::Together;
 
 /// How far the ends of a test's tasks may lie behind its deadline before the test ends without them: the longest grace
 /// period that a block gets without asking, its teardown and the killing.
@@ -91,6 +93,10 @@ struct LinkState {
     since: Instant,
     /// Why the last attempt to reach the host failed, while it is being tried.
     trouble: Option<String>,
+    /// Since when this test waits in line for the host, and what the host says of that.
+    line: Option<(Instant, String)>,
+    /// How long it does so at most.
+    wait: Duration,
     opened: Opened,
     /// Why there is no session, once there was none.
     lost: Option<(String, Reason)>,
@@ -101,6 +107,13 @@ impl LinkState {
     fn enter(&mut self, phase: LinkPhase, now: Instant) {
         self.phase = phase;
         self.since = now;
+        self.trouble = None;
+        self.line = None;
+    }
+
+    fn stand_in_line(&mut self, why: String, now: Instant) {
+        let since = self.line.take().map_or(now, |(since, _)| since);
+        self.line = Some((since, why));
         self.trouble = None;
     }
 }
@@ -162,6 +175,7 @@ pub(crate) struct Driver {
     /// Whether everything else was told to end because of it.
     failed_fast: bool,
     links: Vec<LinkState>,
+    together: Together,
     streams: BTreeMap<usize, StreamState>,
     works: HashMap<TaskId, Work>,
     reports: BTreeMap<u32, TaskReport>,
@@ -183,6 +197,7 @@ impl Driver {
             first_failure: None,
             failed_fast: false,
             links: Vec::new(),
+            together: Together::default(),
             streams: BTreeMap::new(),
             works: HashMap::new(),
             reports: BTreeMap::new(),
@@ -300,12 +315,17 @@ impl Driver {
         }
         let index = self.links.len();
         let inbox = Arc::clone(&self.setup.inbox);
-        let there = |other: &Arc<StreamShared>| other.exclusive() && other.reach().describe() == place;
-        let exclusive = stream.exclusive() || self.setup.shared.streams().iter().any(there);
+        let others = self.setup.shared.streams();
+        let there = |other: &&Arc<StreamShared>| other.reach().describe() == place;
+        let exclusive =
+            stream.exclusive() || others.iter().filter(|other| other.exclusive()).any(|other| there(&other));
+        let waits = others.iter().filter(|other| other.wait().is_some()).filter(there);
+        let wait = waits.filter_map(|other| other.wait()).chain(stream.wait()).max();
+        let wait = wait.unwrap_or(self.setup.link.wait);
         let link = Link::start(
             Arc::clone(stream.reach()),
             self.setup.world.clone(),
-            LinkOptions { exclusive, ..self.setup.link.clone() },
+            LinkOptions { exclusive, wait, ..self.setup.link.clone() },
             self.setup.sync.clone(),
             move |report| {
                 let letter = Input::Link { link: index, report };
@@ -345,6 +365,8 @@ impl Driver {
             phase: LinkPhase::Idle,
             since: self.setup.world.clock.now(),
             trouble: None,
+            line: None,
+            wait,
             opened: Opened::default(),
             lost: None,
             streams: Vec::new(),
@@ -452,13 +474,11 @@ impl Driver {
     }
 
     fn connect(&mut self, stream: usize, link: usize) {
-        let now = self.setup.world.clock.now();
-        let state = &mut self.links[link];
-        match state.phase {
-            LinkPhase::Idle => {
-                state.enter(LinkPhase::Opening, now);
-                state.link.order(Order::Connect);
-            }
+        if self.takes_together(link) {
+            return;
+        }
+        match self.links[link].phase {
+            LinkPhase::Idle => self.ask_for(link),
             LinkPhase::Opening | LinkPhase::Closed => {}
             LinkPhase::Up => self.feed_later(stream, &[Event::SessionOpened]),
             LinkPhase::Suspended => self.feed_later(stream, &[Event::SessionOpened, Event::SessionSuspended]),

@@ -43,12 +43,15 @@ mod bulk;
 mod calls;
 mod close;
 mod events;
+mod line;
 mod messages;
 mod open;
 mod relay;
 
 use calls::{begin_in_order, keep, release, signal, start};
 use events::watch_session;
+pub(crate) use line::Holdings;
+use line::Line;
 pub(crate) use messages::{LinkOptions, Opened, Order, Put, Report, Sending};
 use open::{Attempt, OpenError};
 
@@ -119,6 +122,8 @@ struct Connection {
     number: u64,
     control: Client,
     session: Session,
+    /// As the host has granted it.
+    lease: Duration,
 }
 
 /// How far the output and results of the tasks of this session have come.
@@ -206,6 +211,7 @@ impl Loop {
 
     async fn end(&self, left_behind: Vec<String>) {
         self.orders.close();
+        self.options.holdings.let_go(&self.reach.describe());
         if timeout(limits::CLOSE_MAX, self.reach.release()).await.is_err() {
             warn!(place = self.reach.describe(), "what the reach started did not end in time");
         }
@@ -234,6 +240,7 @@ impl Loop {
             }
         };
         info!(place = self.reach.describe(), session = %session.id, "session opened");
+        self.options.holdings.hold(&self.reach.describe());
         self.report(Report::Opened(Box::new(opened))).await;
         self.keep_session(connection, belief).await
     }
@@ -314,6 +321,7 @@ impl Loop {
 
     async fn lose(&mut self, session: &Session, why: String, reason: Reason) {
         warn!(place = self.reach.describe(), why, "session lost");
+        self.options.holdings.let_go(&self.reach.describe());
         self.forget_pending();
         self.previous = Some(session.clone());
         self.report(Report::Lost { why, reason }).await;
@@ -334,22 +342,43 @@ impl Loop {
         session: &Session,
         resume: bool,
         number: u64,
-        deadline: Instant,
+        mut deadline: Instant,
     ) -> Result<(Connection, Opened, Instant), Break> {
-        let begin = self.world.clock.now();
+        let mut begin = self.world.clock.now();
+        let mut line: Option<Line> = None;
+        let mut kept = None;
         let mut pause = limits::RECONNECT_PAUSE_MIN;
         let mut attempts = 0_u32;
         let mut last = "it did not answer".to_owned();
         let place = self.reach.describe();
         loop {
             attempts += 1;
-            let attempt = timeout_at(deadline, Attempt::of(self, session, resume, number).open());
+            // Asked first, the host says at once who has it.
+            let patience = line.as_ref().map_or(Duration::ZERO, |line| line.patience(self.world.clock.now()));
+            let attempt = Attempt::of(self, session, resume, number, kept.take(), patience);
+            let attempt = timeout_at(deadline, attempt.open());
             match self.unless_closed(attempt).await? {
                 Err(_elapsed) => {}
                 Ok(Ok(reached)) => return Ok(reached),
                 Ok(Err(OpenError::Final { why, gone })) => {
                     let reason = if gone { Reason::LeaseExpired } else { Reason::Unreachable };
                     return Err(Break::Session { why: format!("{place}: {why}"), reason });
+                }
+                Ok(Err(OpenError::InLine { why, control })) => {
+                    // Reaching it may take its time again whenever the connection breaks.
+                    begin = self.world.clock.now();
+                    deadline = begin + limits::REACH_MAX;
+                    (attempts, pause) = (0, limits::RECONNECT_PAUSE_MIN);
+                    let line = line.get_or_insert_with(|| Line::begin(begin, self.options.wait));
+                    if let Some(why) = line.over(&place, &self.options.holdings, &why, begin) {
+                        self.leave_line(control, session).await;
+                        return Err(Break::Session { why, reason: Reason::Unreachable });
+                    }
+                    if line.is_news(begin) {
+                        info!(place, why, "waits in line");
+                    }
+                    kept = Some(control);
+                    self.report(Report::InLine { why }).await;
                 }
                 Ok(Err(OpenError::Again(why))) => {
                     self.report(Report::AttemptFailed { why: why.clone() }).await;
@@ -429,10 +458,10 @@ impl Loop {
     ) -> Break {
         jobs.spawn(keep(
             connection.clone(),
-            self.options.lease,
             self.world.clone(),
             Arc::clone(belief),
             Arc::clone(&self.reports),
+            (self.reach.describe(), Arc::clone(&self.options.holdings)),
         ));
         jobs.spawn(watch_session(connection.clone(), shared.clone(), Arc::clone(&self.reports)));
         jobs.spawn(relay::serve(connection.clone(), shared.clone(), self.sync.clone()));

@@ -219,7 +219,7 @@ fn reaches_that_were_made_by_hand_are_dialled_when_used_and_always_released() {
     let error = lab_error(Definition::reach(unused).key("host", "x"));
     assert_eq!(
         error,
-        "the test: stream `x` has the unknown key `host`: use one of `type`, `env`, `cwd`, `user`, `timeout`, `wrap`, `limits`, `on_failure`, `exclusive`"
+        "the test: stream `x` has the unknown key `host`: use one of `type`, `env`, `cwd`, `user`, `timeout`, `wrap`, `limits`, `on_failure`, `exclusive`, `wait`"
     );
 }
 
@@ -240,7 +240,7 @@ fn definitions_in_code_are_checked_as_those_in_files() {
     );
     assert_eq!(
         lab_error(Definition::url("tls://x").key("hots", "y")),
-        "the test: stream `x` has the unknown key `hots`: did you mean `host`? (there are `host`, `port`, `authority`, `certificate`, `key`, `server_name`, `type`, `env`, `cwd`, `user`, `timeout`, `wrap`, `limits`, `on_failure`, `exclusive`)"
+        "the test: stream `x` has the unknown key `hots`: did you mean `host`? (there are `host`, `port`, `authority`, `certificate`, `key`, `server_name`, `type`, `env`, `cwd`, `user`, `timeout`, `wrap`, `limits`, `on_failure`, `exclusive`, `wait`)"
     );
     let shown = format!("{:?}", Definition::url("vm://x?token=hunter2").secret("password", "hunter2"));
     assert_eq!(shown, r#"Definition { place: "vm://x?token=…", keys: ["password"], .. }"#);

@@ -76,13 +76,29 @@ impl Agent {
     /// When it does not start; the message has its log.
     #[must_use]
     pub fn start_on_socket(directory: &Path) -> Self {
+        Self::start_here(directory, "")
+    }
+
+    /// As [`Agent::start_on_socket`], with `more` in its configuration.
+    ///
+    /// # Panics
+    /// When it does not start; the message has its log.
+    #[must_use]
+    pub fn start_here(directory: &Path, more: &str) -> Self {
+        fs::create_dir_all(directory).expect("the test's directory can be written");
         let yaml = format!(
-            "listen: []\nunix_socket: {}\nstate_directory: {}\n",
+            "listen: []\nunix_socket: {}\nstate_directory: {}\n{more}",
             directory.join("agent.sock").display(),
             directory.join("state").display()
         );
         let nowhere = SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, 0);
         Self::start_with(None, nowhere, directory, &yaml, None)
+    }
+
+    /// What a stream definition says to reach it by its Unix socket.
+    #[must_use]
+    pub fn unix_url(&self) -> String {
+        format!("unix://{}", self.socket().display())
     }
 
     fn start_with(

@@ -22,6 +22,7 @@ use super::{
     acceptor::{self, Connection, Listener, Places},
     identity::{self, Caller},
     service::Service,
+    shares::Starts,
     status::{self, LastErrors},
     store::Store,
     supervisors::{self, Notice, Starter},
@@ -29,7 +30,7 @@ use super::{
 use crate::{
     entry::Relaunch,
     host,
-    session::{Drain, Event, Sessions},
+    session::{Bounds, Drain, Event, Sessions},
     supervisor::{
         blobs::BlobError,
         cgroup::{
@@ -58,6 +59,8 @@ pub struct DoorConfig {
     pub supervisors: Supervisors,
     /// Bytes that shipped files may take together: [`limits::BLOBS_BYTES_MAX`] for a real agent.
     pub blobs_bytes_max: u64,
+    /// How long leases may be, and how much one identity may have.
+    pub bounds: Bounds,
 }
 
 /// Why the door does not open.
@@ -167,10 +170,11 @@ impl Door {
             last_errors: LastErrors::default(),
             disk_use: Arc::default(),
             starter,
-            sessions: Mutex::new(Sessions::new()),
+            sessions: Mutex::new(Sessions::within(config.bounds)),
             record: Mutex::default(),
             deadline_changed: Notify::new(),
             askings: Mutex::default(),
+            starts: Starts::default(),
             next_ticket: AtomicU64::new(1),
             supervised: Mutex::default(),
             notices: notices_in,

@@ -143,13 +143,18 @@ pub(super) fn open_refused(refusal: &OpenRefusal) -> Status {
         OpenRefusal::Ended
         | OpenRefusal::Unknown
         | OpenRefusal::Draining { .. }
+        | OpenRefusal::ShareUsedUp { .. }
         | OpenRefusal::Unclean { .. } => Status::failed_precondition(message),
         OpenRefusal::TooMany { .. } | OpenRefusal::Reserved { .. } => Status::resource_exhausted(message),
         OpenRefusal::Superseded => Status::aborted(message),
     }
 }
 
-fn asking_in(request: v1::OpenSessionRequest, caller: &Caller) -> Result<Asking, Status> {
+fn asking_in(
+    request: v1::OpenSessionRequest,
+    caller: &Caller,
+    lease_max: Duration,
+) -> Result<Asking, Status> {
     if request.client.len() > CLIENT_BYTES_MAX {
         return Err(field("client", &format!("has more than {CLIENT_BYTES_MAX} bytes")));
     }
@@ -158,14 +163,17 @@ fn asking_in(request: v1::OpenSessionRequest, caller: &Caller) -> Result<Asking,
         request.lease_duration.as_ref(),
         limits::LEASE_MIN..=limits::LEASE_MAX,
     );
+    let wait = request.wait_duration.as_ref();
+    let wait = convert::duration_in("wait_duration", wait, Duration::ZERO..=limits::OPEN_WAIT_MAX);
     Ok(Asking {
         session_id: convert::id_in("session_id", &request.session_id).map_err(|error| invalid(&error))?,
         secret: secret_in("secret", &request.secret)?,
         owner: caller.owner(),
         client: printable(request.client.as_bytes(), CLIENT_BYTES_MAX),
-        lease: lease.map_err(|error| invalid(&error))?.unwrap_or(limits::LEASE),
+        lease: lease.map_err(|error| invalid(&error))?.unwrap_or(limits::LEASE).min(lease_max),
         exclusive: request.exclusive,
         resume: request.resume,
+        patience: wait.map_err(|error| invalid(&error))?.unwrap_or(limits::OPEN_WAIT_MAX),
     })
 }
 
@@ -286,7 +294,9 @@ impl AgentService for Service {
         let protocol = agreed.map_err(|error| Status::failed_precondition(error.to_string()))?;
         protocol::require(request.required_features.iter().map(String::as_str))
             .map_err(|error| Status::failed_precondition(error.to_string()))?;
-        let asking = asking_in(request, &caller)?;
+        let lease_max = self.shared.sessions().bounds().lease_max;
+        let wanted = request.lease_duration;
+        let asking = asking_in(request, &caller, lease_max)?;
         let (session_id, lease) = (asking.session_id, asking.lease);
         let opened = self.shared.open(asking).await?;
         let known_tasks = if opened.resumed {
@@ -299,6 +309,9 @@ impl AgentService for Service {
         } else {
             Vec::new()
         };
+        if !opened.resumed && wanted.is_some_and(|wanted| wanted != convert::duration(lease)) {
+            info!(session = %session_id, %caller, ?lease, "a session was granted a shorter lease than it asked for");
+        }
         info!(session = %session_id, %caller, epoch = opened.epoch, resumed = opened.resumed, "session opened");
         Ok(Response::new(v1::OpenSessionResponse {
             epoch: opened.epoch,
@@ -323,9 +336,11 @@ impl AgentService for Service {
         let keep = KeepLease { epoch: held.key.epoch, lease_duration: Some(convert::duration(held.lease)) };
         let reply = held.supervised.request(Frame::Keep(keep)).await?;
         self.shared.kept(held.key.session_id);
+        let waiting = self.shared.sessions().waiting_count();
         Ok(Response::new(v1::KeepSessionResponse {
             lease_left: reply.lease_left,
             host_time: Some(convert::timestamp(self.shared.world.clock.wall_ns())),
+            waiting_count: u32::try_from(waiting).unwrap_or(u32::MAX),
         }))
     }
 
@@ -339,8 +354,9 @@ impl AgentService for Service {
         let checked = self.shared.sessions().check(&key, &caller.owner(), Access::End, now).map(|_| ());
         match checked {
             Ok(()) => {}
-            // Nothing of it is here: that is what was asked for.
+            // Nothing of it is here: that is what was asked for. It may still be in line.
             Err(KeyRefusal::Unknown | KeyRefusal::Ended) => {
+                self.shared.withdraw(key, caller.owner());
                 return Ok(Response::new(v1::CloseSessionResponse::default()));
             }
             Err(refusal) => return Err(key_refused(&refusal)),
@@ -393,7 +409,11 @@ impl AgentService for Service {
             return Err(Status::failed_precondition(message));
         }
         let task = start.task_id.clone();
-        let reply = held.supervised.request(Frame::Start(start)).await?;
+        let task_id = task_in("task_id", &task)?;
+        let counted = self.shared.count_start(&caller.owner(), held.key.session_id, task_id);
+        counted.map_err(Status::resource_exhausted)?;
+        let reply = held.supervised.request(Frame::Start(start)).await;
+        let reply = reply.inspect_err(|_| self.shared.starts.forget(&[task_id]))?;
         let answer =
             reply.start.ok_or_else(|| Status::internal("the supervisor gave no answer to a start"))?;
         if answer.accepted_by_this_call {
@@ -500,6 +520,7 @@ impl AgentService for Service {
             }
         }
         if !tasks.is_empty() {
+            self.shared.starts.forget(&tasks);
             held.supervised.release(tasks).await?;
         }
         Ok(Response::new(v1::ReleaseTaskResponse {}))

@@ -23,7 +23,7 @@ use tonic::{Code, transport::Channel};
 mod upkeep;
 
 use super::{Connection, Door, DoorConfig, DoorError, Shared, Supervisors, identity::Caller};
-use crate::entry::tests::this_test_binary;
+use crate::{entry::tests::this_test_binary, session::Bounds};
 
 /// Small enough to be filled.
 const BLOBS_BYTES_MAX: u64 = 300;
@@ -44,6 +44,7 @@ fn config(state: &Path, inside: bool) -> DoorConfig {
         base_environment: vec![("PATH".to_owned(), std::env::var("PATH").unwrap())],
         supervisors: if inside { Supervisors::Inside } else { Supervisors::Processes },
         blobs_bytes_max: BLOBS_BYTES_MAX,
+        bounds: Bounds::default(),
     }
 }
 

@@ -23,6 +23,7 @@ use super::{
 use crate::{
     door::{Door, DoorConfig, DoorError, Ending, Listener, Supervisors, base_environment},
     entry::Relaunch,
+    session::Bounds,
 };
 
 /// Why the agent does not serve.
@@ -85,6 +86,7 @@ async fn serve(path: &Path, idle: Duration, relaunch: Relaunch) -> Result<(), Se
         base_environment: base_environment(),
         supervisors: Supervisors::Processes,
         blobs_bytes_max: limits::BLOBS_BYTES_MAX,
+        bounds: Bounds::default(),
     };
     let door = Door::open(config, World::system()).await?;
     let ending = door.ending();

@@ -38,6 +38,7 @@ fn asking(number: u8) -> Asking {
         lease: Duration::from_secs(30),
         exclusive: false,
         resume: false,
+        patience: limits::OPEN_WAIT_MAX,
     }
 }
 
@@ -51,7 +52,10 @@ fn exclusive(number: u8) -> Asking {
 
 /// Feeds events at their seconds and writes down what is answered.
 fn check(script: Vec<(u64, Event)>, expected: &Expect) -> Sessions {
-    let mut sessions = Sessions::new();
+    check_in(Sessions::new(), script, expected)
+}
+
+fn check_in(mut sessions: Sessions, script: Vec<(u64, Event)>, expected: &Expect) -> Sessions {
     let mut transcript = String::new();
     for (second, event) in script {
         let mut actions = Vec::new();
@@ -111,10 +115,78 @@ fn a_reserved_host_is_given_on_in_the_order_of_asking() {
         ],
         &expect![[r#"
             0 s: 1 admitted, epoch 1, resumed false
-            6 s: 2 refused: the host is reserved by owner-1 (test-1) for 6.0 s; this asking is number 1 of 3 in line: ask again, the place is kept
-            7 s: 3 refused: the host is reserved by owner-1 (test-1) for 7.0 s; this asking is number 2 of 3 in line: ask again, the place is kept
+            6 s: 2 refused: the host is reserved by owner-1 (test-1) for 6.0 s; this asking is the next in line: ask again, the place is kept
+            7 s: 3 refused: the host is reserved by owner-1 (test-1) for 7.0 s; 1 is before this asking in line: ask again, the place is kept
             8 s: 5 admitted, epoch 1, resumed false
-            8 s: 4 refused: the host is reserved by owner-3 (test-3) for 0.0 s; this asking is number 2 of 2 in line: ask again, the place is kept
+            8 s: 4 refused: the host is reserved by owner-3 (test-3) for 0.0 s; 1 is before this asking in line: ask again, the place is kept
+        "#]],
+    );
+}
+
+#[test]
+fn whoever_is_not_patient_is_told_at_once_and_keeps_its_place_until_it_withdraws() {
+    let at_once = |number| Asking { patience: Duration::ZERO, ..exclusive(number) };
+    let withdrawn =
+        |number, owner: u8| Event::Withdrawn { key: key(number, 0), owner: Owner(format!("owner-{owner}")) };
+    let sessions = check(
+        vec![
+            (0, asked(1, asking(1))),
+            (1, asked(2, at_once(2))),
+            (2, asked(3, at_once(3))),
+            (3, asked(4, exclusive(4))),
+            // Somebody else's place is nobody else's to give up.
+            (4, withdrawn(2, 3)),
+            (4, asked(5, at_once(3))),
+            (5, withdrawn(2, 2)),
+            (5, asked(6, at_once(3))),
+            (6, withdrawn(4, 4)),
+            (6, withdrawn(1, 1)),
+        ],
+        &expect![[r#"
+            0 s: 1 admitted, epoch 1, resumed false
+            1 s: 2 refused: the host is in use by owner-1 (test-1) for 1.0 s; nobody else is in line: ask again, the place is kept
+            2 s: 3 refused: the host is in use by owner-1 (test-1) for 2.0 s; 1 is before this asking in line: ask again, the place is kept
+            4 s: 5 refused: the host is in use by owner-1 (test-1) for 4.0 s; 1 is before this asking in line: ask again, the place is kept
+            5 s: 6 refused: the host is in use by owner-1 (test-1) for 5.0 s; this asking is the next in line: ask again, the place is kept
+            6 s: 4 refused: session ended: it was closed, or its lease is over; open another
+        "#]],
+    );
+    assert_eq!(sessions.waiting_count(), 1);
+    assert_eq!(sessions.get(id(1)).unwrap().stage, Stage::Open, "an open session is closed, not withdrawn");
+}
+
+#[test]
+fn an_identity_has_no_more_sessions_than_its_share_and_is_told_who_has_them() {
+    let of_ci = |number| Asking { owner: Owner("millstream://controller/ci".into()), ..asking(number) };
+    let each = Share { sessions: Some(1), tasks: None };
+    let named = [("ci".to_owned(), Share { sessions: Some(2), tasks: None })];
+    let bounds = Bounds { each, named: named.into(), ..Bounds::default() };
+    let mut waiting = of_ci(3);
+    waiting.exclusive = true;
+    check_in(
+        Sessions::within(bounds),
+        vec![
+            (0, asked(1, asking(1))),
+            (0, asked(2, Asking { owner: Owner("owner-1".into()), ..asking(2) })),
+            (1, asked(3, waiting.clone())),
+            // It waits, and asks again: that is the same one.
+            (2, asked(4, waiting)),
+            (2, asked(5, of_ci(4))),
+            (3, asked(6, of_ci(5))),
+            (4, Event::Closed { session_id: id(1) }),
+            (5, asked(7, of_ci(5))),
+            (6, Event::Closed { session_id: id(3) }),
+            (7, asked(8, of_ci(5))),
+        ],
+        &expect![[r#"
+            0 s: 1 admitted, epoch 1, resumed false
+            0 s: 2 refused: owner-1 has 1 session here, which is its limit `sessions` on this host: test-1; end one of them, or ask the administrator to raise `limits` in agent.yaml
+            2 s: 3 refused: the same session was asked for again: the newer call gets the answer
+            3 s: 6 refused: millstream://controller/ci has 2 sessions here, which is its limit `sessions` on this host: test-3, test-4; end one of them, or ask the administrator to raise `limits` in agent.yaml
+            4 s: 4 admitted, epoch 1, resumed false
+            5 s: 7 refused: millstream://controller/ci has 2 sessions here, which is its limit `sessions` on this host: test-3, test-4; end one of them, or ask the administrator to raise `limits` in agent.yaml
+            6 s: 5 admitted, epoch 1, resumed false
+            7 s: 8 admitted, epoch 1, resumed false
         "#]],
     );
 }
@@ -277,6 +349,7 @@ fn any_event() -> impl Strategy<Value = Event> {
         1 => number.clone().prop_map(|n| Event::Settled { session_id: id(n) }),
         1 => number.clone().prop_map(|n| Event::Closing { session_id: id(n) }),
         2 => number.clone().prop_map(|n| Event::Closed { session_id: id(n) }),
+        1 => number.clone().prop_map(|n| Event::Withdrawn { key: key(n, 0), owner: asking(n).owner }),
         1 => number.prop_map(|n| Event::Abandoned { session_id: id(n) }),
         2 => Just(Event::TimePassed),
     ]

@@ -2,7 +2,11 @@
 
 use std::{fmt, time::Duration};
 
-use millstream_common::{id::SessionId, text::spoken};
+use millstream_common::{
+    id::SessionId,
+    protocol::ASK_AGAIN,
+    text::{counted, spoken},
+};
 
 /// Number of one asking, by which its answer finds back.
 pub type Ticket = u64;
@@ -61,6 +65,8 @@ pub struct Asking {
     pub exclusive: bool,
     /// Whether the session must exist already.
     pub resume: bool,
+    /// How long it may be kept waiting for an answer.
+    pub patience: Duration,
 }
 
 /// How a call shows that it belongs to a session.
@@ -176,6 +182,13 @@ pub enum Event {
         /// The session.
         session_id: SessionId,
     },
+    /// A controller gives up what it asked for, before it got it. Nothing happens to a session that is open.
+    Withdrawn {
+        /// The session that it asked for.
+        key: Key,
+        /// Who it is.
+        owner: Owner,
+    },
     /// A session could not be begun on this host: its number may be used again.
     Abandoned {
         /// The session.
@@ -258,10 +271,22 @@ pub enum OpenRefusal {
         /// How many there may be.
         limit: usize,
     },
+    /// The identity has as many as it may have.
+    #[error(
+        "{owner} has {} here, which is its limit `sessions` on this host: {clients}; end one of them, or ask the administrator to raise `limits` in agent.yaml",
+        counted(*limit, "session"))]
+    ShareUsedUp {
+        /// Who asks.
+        owner: Owner,
+        /// How many it may have.
+        limit: usize,
+        /// What those that have them call themselves.
+        clients: String,
+    },
     /// Somebody else has the host.
     #[error(
-        "the host is {} {holder} ({client}) for {}; this asking is number {place} of {waiting} in line: ask again, the place is kept",
-        if *exclusive { "reserved by" } else { "in use by" }, spoken(*since))]
+        "the host is {} {holder} ({client}) for {}; {}{ASK_AGAIN}",
+        if *exclusive { "reserved by" } else { "in use by" }, spoken(*since), in_line(*place, *waiting))]
     Reserved {
         /// Who has it.
         holder: Owner,
@@ -283,6 +308,16 @@ pub enum OpenRefusal {
 
 fn and_more(count: usize) -> String {
     if count < 2 { String::new() } else { format!(", and {} more", count - 1) }
+}
+
+/// A place in the line, in words.
+fn in_line(place: usize, waiting: usize) -> String {
+    match (place, waiting) {
+        (1, 1) => "nobody else is in line".to_owned(),
+        (1, _) => "this asking is the next in line".to_owned(),
+        (2, _) => "1 is before this asking in line".to_owned(),
+        (place, _) => format!("{} are before this asking in line", place - 1),
+    }
 }
 
 /// Why a call's key is not good. Each says what to do.

@@ -44,8 +44,8 @@ pub(super) fn meant(word: &str) -> &str {
 }
 
 /// Keys that every stream may have.
-pub(super) const COMMON: [&str; 9] =
-    ["type", "env", "cwd", "user", "timeout", "wrap", "limits", "on_failure", "exclusive"];
+pub(super) const COMMON: [&str; 10] =
+    ["type", "env", "cwd", "user", "timeout", "wrap", "limits", "on_failure", "exclusive", "wait"];
 
 /// The keys that a type takes; none when only the type itself knows them.
 pub(super) fn own(kind: &str) -> Option<&'static [&'static str]> {
@@ -206,6 +206,7 @@ impl Reader<'_> {
             "limits" => defaults.limits = self.limits(key, node)?,
             "on_failure" => defaults.on_failure = self.policy(key, node)?,
             "exclusive" => definition.exclusive = self.truth(key, node)?,
+            "wait" => definition.wait = Some(self.duration(key, node)?),
             // `type` was read before.
             _ => {}
         }

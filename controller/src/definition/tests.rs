@@ -133,15 +133,15 @@ fn names_are_checked_and_stand_once() {
 fn unknown_words_name_the_nearest() {
     check(
         "streams:\n  a: {type: tls, hots: x}\n",
-        expect!["lab.yaml:2:18: stream `a` has the unknown key `hots`: did you mean `host`? (there are `host`, `port`, `authority`, `certificate`, `key`, `server_name`, `type`, `env`, `cwd`, `user`, `timeout`, `wrap`, `limits`, `on_failure`, `exclusive`)"],
+        expect!["lab.yaml:2:18: stream `a` has the unknown key `hots`: did you mean `host`? (there are `host`, `port`, `authority`, `certificate`, `key`, `server_name`, `type`, `env`, `cwd`, `user`, `timeout`, `wrap`, `limits`, `on_failure`, `exclusive`, `wait`)"],
     );
     check(
         "streams:\n  a: {type: local, zebra: x}\n",
-        expect!["lab.yaml:2:20: stream `a` has the unknown key `zebra`: use one of `type`, `env`, `cwd`, `user`, `timeout`, `wrap`, `limits`, `on_failure`, `exclusive`"],
+        expect!["lab.yaml:2:20: stream `a` has the unknown key `zebra`: use one of `type`, `env`, `cwd`, `user`, `timeout`, `wrap`, `limits`, `on_failure`, `exclusive`, `wait`"],
     );
     check(
         "streams:\n  a: tls://x?prot=1\n",
-        expect!["lab.yaml:2:6: stream `a` has the unknown key `prot`: did you mean `port`? (there are `host`, `port`, `authority`, `certificate`, `key`, `server_name`, `type`, `env`, `cwd`, `user`, `timeout`, `wrap`, `limits`, `on_failure`, `exclusive`)"],
+        expect!["lab.yaml:2:6: stream `a` has the unknown key `prot`: did you mean `port`? (there are `host`, `port`, `authority`, `certificate`, `key`, `server_name`, `type`, `env`, `cwd`, `user`, `timeout`, `wrap`, `limits`, `on_failure`, `exclusive`, `wait`)"],
     );
     check(
         "streams:\n  a: {type: local, limits: {memry: 1}}\n",

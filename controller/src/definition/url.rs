@@ -47,7 +47,7 @@ pub(super) fn define(name: StreamName, url: &str, origin: &Origin) -> Result<Def
             if definition.options.insert(key.to_owned(), Setting::given(key, value, origin)).is_some() {
                 return Err(refused("it gives a key twice"));
             }
-        } else if ["cwd", "user", "timeout", "wrap", "on_failure", "exclusive"].contains(&key) {
+        } else if ["cwd", "user", "timeout", "wrap", "on_failure", "exclusive", "wait"].contains(&key) {
             reader.common(&mut definition, key, &Node::text(value, origin.clone()))?;
         } else if ["type", "env", "limits"].contains(&key) {
             return Err(refused("`env` and `limits` need the form of a mapping with `type`"));

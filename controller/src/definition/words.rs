@@ -27,6 +27,7 @@ pub struct Definition {
     keys: Vec<(String, Node)>,
     defaults: Defaults,
     exclusive: bool,
+    wait: Option<Duration>,
     origin: Origin,
 }
 
@@ -52,7 +53,7 @@ impl fmt::Debug for Definition {
 impl Definition {
     fn new(form: Form) -> Self {
         let origin = Origin::named("the test");
-        Self { form, keys: Vec::new(), defaults: Defaults::default(), exclusive: false, origin }
+        Self { form, keys: Vec::new(), defaults: Defaults::default(), exclusive: false, wait: None, origin }
     }
 
     /// This machine.
@@ -146,12 +147,18 @@ impl Definition {
         self
     }
 
+    /// How long the test waits in line for the host when others have it; at most 7 days.
+    pub fn wait(mut self, wait: Duration) -> Self {
+        self.wait = Some(wait);
+        self
+    }
+
     /// The stream of a name.
     ///
     /// # Errors
     /// When the name, the URL, or a key is refused.
     pub(crate) fn named(self, name: &str) -> Result<Defined, DefineStreamError> {
-        let Self { form, keys, defaults, exclusive, origin } = self;
+        let Self { form, keys, defaults, exclusive, wait, origin } = self;
         let name = StreamName::new(name).map_err(|error| DefinitionFault::Name(error).at(&origin))?;
         let mut entries: IndexMap<String, Entry> = IndexMap::new();
         for (key, node) in keys {
@@ -186,6 +193,7 @@ impl Definition {
             }
         };
         defined.exclusive |= exclusive;
+        defined.wait = wait.or(defined.wait);
         defined.defaults.overlay(defaults);
         Ok(defined)
     }

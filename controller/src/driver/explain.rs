@@ -44,7 +44,10 @@ impl Driver {
             return "has ended; its output and results are being brought home".to_owned();
         }
         match state.queue.standing(work.shared.stream_number) {
-            Standing::WaitsForHost => self.reaching(link),
+            Standing::WaitsForHost => match self.together.awaited(state.link) {
+                Some(other) if other != state.link => self.taking(link, &self.links[other]),
+                _ => self.reaching(link),
+            },
             Standing::Preparing => match &work.sending {
                 Some(sending) => {
                     format!("is being prepared: {} to {}", sent(sending), link.place)
@@ -65,8 +68,29 @@ impl Driver {
         self.setup.world.clock.now().saturating_duration_since(begin)
     }
 
+    /// Waits for a host that is taken together with its own.
+    fn taking(&self, link: &LinkState, other: &LinkState) -> String {
+        let other = self.reaching(other);
+        let place = &link.place;
+        if link.phase == LinkPhase::Idle {
+            format!(
+                "asks for {place} when another host that is taken together with it is had, and until then {other}"
+            )
+        } else {
+            format!("has {place}, and as it is taken together with another host, {other}")
+        }
+    }
+
     /// Where the way to a host stands.
     fn reaching(&self, link: &LinkState) -> String {
+        if let Some((since, why)) = &link.line {
+            return format!(
+                "waits in line for {} since {}, at most {}: {why}",
+                link.place,
+                spoken(self.since(*since)),
+                spoken(link.wait)
+            );
+        }
         let mut text = match link.phase {
             LinkPhase::Suspended => {
                 format!(

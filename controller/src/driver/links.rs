@@ -1,11 +1,13 @@
 //! What links say, and what it means for queues and tasks.
 
+use std::sync::Arc;
+
 use millstream_common::{
     id::TaskId,
     outcome::{OutcomeKind, Phase, Reason, TaskEnd},
 };
 
-use super::{Driver, LinkPhase, advance};
+use super::{Driver, LinkPhase, advance, together};
 use crate::{
     link::{Order, Report},
     outcome::CausedBy,
@@ -22,13 +24,18 @@ impl Driver {
                 self.links[link].lost = None;
                 for stream in self.links[link].streams.clone() {
                     self.write_stream(stream);
-                    self.feed(stream, Event::SessionOpened);
+                }
+                if self.together.awaited(link).is_some() {
+                    self.take_on(together::Event::Had { link });
+                } else {
+                    self.feed_all(link, Event::SessionOpened);
                 }
             }
             Report::Suspended => self.session_changed(link, LinkPhase::Suspended, Event::SessionSuspended),
             Report::Resumed => self.session_changed(link, LinkPhase::Up, Event::SessionResumed),
             Report::Lost { why, reason } => self.lost(link, why, reason),
             Report::AttemptFailed { why } => self.links[link].trouble = Some(why),
+            Report::InLine { why } => self.links[link].stand_in_line(why, self.setup.world.clock.now()),
             Report::Clock(clock) => self.links[link].opened.clock = clock,
             Report::Uploaded { task, result } => self.uploaded(task, result),
             Report::Accepted { task } => self.of_task(task, |number| Event::Accepted { number }),
@@ -58,6 +65,13 @@ impl Driver {
 
     pub(super) fn session_changed(&mut self, link: usize, phase: LinkPhase, event: Event) {
         self.links[link].enter(phase, self.setup.world.clock.now());
+        // Queues that have not heard of the session yet are told where it stands when they may begin.
+        if self.together.awaited(link).is_none() {
+            self.feed_all(link, event);
+        }
+    }
+
+    fn feed_all(&mut self, link: usize, event: Event) {
         for stream in self.links[link].streams.clone() {
             self.feed(stream, event);
         }
@@ -79,9 +93,58 @@ impl Driver {
                 self.complete(task, end, Some(why.clone()));
             }
         }
+        // First, so that what is scheduled there from now on is not held back.
+        self.take_on(together::Event::Failed { link });
         for stream in streams {
             self.feed(stream, Event::SessionLost);
         }
+    }
+
+    /// Begins to take hosts together, when the host of this link is one of several that are. True when it is asked for in its
+    /// turn, and not now.
+    pub(super) fn takes_together(&mut self, link: usize) -> bool {
+        if self.together.awaited(link).is_some() {
+            return true;
+        }
+        if self.together.has_begun() {
+            return false;
+        }
+        let shared = Arc::clone(&self.setup.shared);
+        let members: Vec<_> =
+            shared.streams().into_iter().filter(|stream| shared.takes_together(stream)).collect();
+        if members.iter().all(|stream| stream.reach().describe() != self.links[link].place) {
+            return false;
+        }
+        let mut links: Vec<usize> = members.iter().map(|stream| self.link_of(stream)).collect();
+        links.sort_by(|one, other| self.links[*one].place.cmp(&self.links[*other].place));
+        links.dedup();
+        // Those that are in use already cannot be taken in turn any more.
+        links.retain(|link| self.links[*link].phase == LinkPhase::Idle);
+        self.take_on(together::Event::Begun { links });
+        true
+    }
+
+    fn take_on(&mut self, event: together::Event) {
+        let mut actions = Vec::new();
+        self.together.handle(event, &mut actions);
+        for action in actions {
+            match action {
+                together::Action::Ask { link } => self.ask_for(link),
+                together::Action::Begin { links } => {
+                    for link in links {
+                        for stream in self.links[link].streams.clone() {
+                            self.connect(stream, link);
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    pub(super) fn ask_for(&mut self, link: usize) {
+        let now = self.setup.world.clock.now();
+        self.links[link].enter(LinkPhase::Opening, now);
+        self.links[link].link.order(Order::Connect);
     }
 
     pub(super) fn of_task(&mut self, task: TaskId, event: impl FnOnce(u32) -> Event) {

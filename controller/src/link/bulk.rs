@@ -19,7 +19,7 @@ use super::{
     Client, Connection, Report, Reports, Sending, Shared,
     events::{Wanted, record, settle},
     lock,
-    open::{OpenError, dial},
+    open::dial,
     session_is_gone,
 };
 use crate::{
@@ -141,7 +141,7 @@ impl Parts {
                     *client = Some((connection.number, new.clone()));
                     return (connection, new);
                 }
-                Err(OpenError::Again(_) | OpenError::Final { .. }) => {
+                Err(_not_yet) => {
                     drop(client);
                     tokio::time::sleep(PAUSE).await;
                 }

@@ -19,7 +19,7 @@ use tokio::{
 use tonic::Code;
 use tracing::debug;
 
-use super::{Break, Connection, Report, Reports, believed, broken, session_is_gone};
+use super::{Break, Connection, Holdings, Report, Reports, believed, broken, session_is_gone};
 use crate::results::timeline::HostClock;
 
 /// Tasks named in one release.
@@ -48,16 +48,18 @@ pub(super) async fn begin_in_order(
 /// Renews the lease three times in its course.
 pub(super) async fn keep(
     connection: Connection,
-    lease: Duration,
     world: World,
     belief: Arc<Mutex<Instant>>,
     reports: Reports,
+    (place, holdings): (String, Arc<Holdings>),
 ) -> Break {
+    let lease = connection.lease;
     let mut clock = HostClock::default();
     let mut control = connection.control.clone();
     loop {
         let until = *belief.lock().unwrap_or_else(PoisonError::into_inner);
-        tokio::time::sleep(lease / 3).await;
+        // The answer also tells who waits for the host: with a long lease that would be old news.
+        tokio::time::sleep((lease / 3).min(limits::LEASE)).await;
         let sent = world.clock.now();
         let sent_ns = world.clock.wall_ns();
         let request = v1::KeepSessionRequest { session: Some(connection.session.key()) };
@@ -68,7 +70,9 @@ pub(super) async fn keep(
             Ok(Err(status)) => return broken(&status),
             Ok(Ok(response)) => {
                 *belief.lock().unwrap_or_else(PoisonError::into_inner) = sent + believed(lease);
-                if let Some(time) = &response.into_inner().host_time {
+                let response = response.into_inner();
+                holdings.wanted(&place, response.waiting_count, world.clock.now());
+                if let Some(time) = &response.host_time {
                     let before = clock.uncertainty_ns();
                     clock.measure(sent_ns, convert::timestamp_ns(time), world.clock.wall_ns());
                     if clock.uncertainty_ns() != before {

@@ -3,6 +3,8 @@
 //! Every attempt is bounded: a test must come to its end whatever its hosts do. What cannot be asked ends by itself with
 //! its lease, and whoever closes is told so.
 
+use std::sync::atomic::Ordering;
+
 use millstream_common::{
     limits, pipe,
     text::{printable, spoken},
@@ -37,7 +39,7 @@ impl Loop {
         loop {
             match timeout_at(deadline, dial(&*self.reach)).await {
                 Ok(Ok(control)) => return self.close_until(deadline, control, &session).await,
-                Ok(Err(OpenError::Again(last))) => why = last,
+                Ok(Err(OpenError::Again(last) | OpenError::InLine { why: last, .. })) => why = last,
                 Ok(Err(OpenError::Final { why, .. })) => return vec![self.unasked(&why)],
                 Err(_elapsed) => return vec![self.unasked(&why)],
             }
@@ -47,6 +49,15 @@ impl Loop {
             tokio::time::sleep(pause).await;
             pause = (pause * 2).min(limits::RECONNECT_PAUSE_MAX);
         }
+    }
+
+    /// Tells a host that this test waits for it no longer: whoever is behind it in line shall not wait for its next asking.
+    pub(super) async fn leave_line(&self, mut control: Client, session: &Session) {
+        let deadline = self.world.clock.now() + limits::CLOSE_MAX;
+        let request = v1::CloseSessionRequest { session: Some(session.key()) };
+        // A host that does not hear of it gives the place up by itself.
+        let _told = timeout_at(deadline, control.close_session(request)).await;
+        self.asked.store(false, Ordering::Relaxed);
     }
 
     async fn close_until(&self, deadline: Instant, mut control: Client, session: &Session) -> Vec<String> {

@@ -14,6 +14,7 @@ use millstream_common::{
 };
 use millstream_proto::v1;
 
+use super::Holdings;
 use crate::{block::compile::Upload, driver::scribe::Recorder, results::timeline::HostClock};
 
 /// What the driver wants of a link.
@@ -95,6 +96,8 @@ pub(crate) enum Report {
     Lost { why: String, reason: Reason },
     /// An attempt to reach the host failed, and is made again.
     AttemptFailed { why: String },
+    /// Others have the host, and this test waits in line. `why` says who has it and how many are before.
+    InLine { why: String },
     /// The clock of the host was measured.
     Clock(HostClock),
     /// The blobs are there, or cannot be.
@@ -129,6 +132,10 @@ pub(crate) struct Opened {
 pub(crate) struct LinkOptions {
     pub(crate) lease: Duration,
     pub(crate) exclusive: bool,
+    /// How long it waits in line for a host that others have.
+    pub(crate) wait: Duration,
+    /// The hosts that the test holds.
+    pub(crate) holdings: Arc<Holdings>,
     /// What the controller calls itself, for people.
     pub(crate) client: String,
 }

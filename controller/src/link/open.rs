@@ -2,21 +2,25 @@
 //!
 //! Decides whether trying again can help; when and how often is the link's to decide.
 
-use std::sync::{
-    Arc, OnceLock,
-    atomic::{AtomicBool, Ordering},
+use std::{
+    sync::{
+        Arc, OnceLock,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
 };
 
 use millstream_common::{
     clock::World,
     convert, limits, pipe,
-    protocol::Spoken,
+    protocol::{ASK_AGAIN, Spoken},
     text::{printable, spoken},
     tls,
 };
 use millstream_proto::v1::{self, agent_service_client::AgentServiceClient};
 use tokio::time::{Instant, timeout};
 use tonic::{Code, Status};
+use tracing::info;
 
 use super::{Client, Connection, LinkOptions, Loop, Opened, Session, believed, session_is_gone};
 use crate::{
@@ -34,10 +38,21 @@ pub(super) struct Attempt {
     resume: bool,
     number: u64,
     asked: Arc<AtomicBool>,
+    /// The connection on which it was answered that others have the host.
+    control: Option<Client>,
+    /// How long the host may keep the call if others have it.
+    patience: Duration,
 }
 
 impl Attempt {
-    pub(super) fn of(link: &Loop, session: &Session, resume: bool, number: u64) -> Self {
+    pub(super) fn of(
+        link: &Loop,
+        session: &Session,
+        resume: bool,
+        number: u64,
+        control: Option<Client>,
+        patience: Duration,
+    ) -> Self {
         Self {
             reach: Arc::clone(&link.reach),
             world: link.world.clone(),
@@ -47,11 +62,16 @@ impl Attempt {
             resume,
             number,
             asked: Arc::clone(&link.asked),
+            control,
+            patience,
         }
     }
 
     pub(super) async fn open(self) -> Result<(Connection, Opened, Instant), OpenError> {
-        let mut control = dial(&*self.reach).await?;
+        let mut control = match self.control {
+            Some(control) => control,
+            None => dial(&*self.reach).await?,
+        };
         if !self.resume
             && let Some(previous) = &self.previous
         {
@@ -75,6 +95,7 @@ impl Attempt {
             lease_duration: Some(convert::duration(self.options.lease)),
             exclusive: self.options.exclusive,
             resume: self.resume,
+            wait_duration: Some(convert::duration(self.patience)),
         };
         // From here on until an answer is there, whoever gives up does not know.
         let unsure = self.asked.swap(true, Ordering::Relaxed);
@@ -82,6 +103,14 @@ impl Attempt {
         let sent_ns = self.world.clock.wall_ns();
         let response = match control.open_session(request).await {
             Ok(response) => response.into_inner(),
+            // It may be had later, and whoever gives up must say so.
+            Err(status) if is_in_line(&status) => {
+                let why = printable(
+                    status.message().trim_end_matches(ASK_AGAIN).as_bytes(),
+                    limits::TEXT_BYTES_MAX,
+                );
+                return Err(OpenError::InLine { why, control });
+            }
             Err(status) => {
                 let error = refused(&status);
                 let is_final = matches!(error, OpenError::Final { .. });
@@ -105,17 +134,25 @@ impl Attempt {
             clock.measure(sent_ns, convert::timestamp_ns(time), received_ns);
         }
         let session = Session { epoch: response.epoch, ..self.session };
+        let asked = self.options.lease;
+        let granted = convert::duration_in(
+            "lease_duration",
+            response.lease_duration.as_ref(),
+            limits::LEASE_MIN..=asked,
+        );
+        // An answer that makes no sense is an older agent's, which gives what was asked for.
+        let lease = granted.ok().flatten().unwrap_or(asked);
+        if lease < asked && !self.resume {
+            let (asked, lease) = (spoken(asked), spoken(lease));
+            info!(place = self.reach.describe(), asked, lease, "the host allows no longer lease");
+        }
         let opened = Opened {
             version: response.version,
             host: response.host.unwrap_or_default(),
             capabilities: response.capabilities.unwrap_or_default(),
             clock,
         };
-        Ok((
-            Connection { number: self.number, control, session },
-            opened,
-            sent + believed(self.options.lease),
-        ))
+        Ok((Connection { number: self.number, control, session, lease }, opened, sent + believed(lease)))
     }
 }
 
@@ -123,6 +160,8 @@ impl Attempt {
 pub(super) enum OpenError {
     /// Trying again may help.
     Again(String),
+    /// Others have the host, and a place in line is kept. The next asking goes on the same connection.
+    InLine { why: String, control: Client },
     /// Trying again is useless. `gone`: the session that was to be resumed is over.
     Final { why: String, gone: bool },
 }
@@ -157,6 +196,12 @@ fn shares_this_kernel(boot_id: &str) -> bool {
     let own =
         OWN.get_or_init(|| std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default());
     !boot_id.is_empty() && own.trim() == boot_id
+}
+
+/// What the refusal of a session means.
+/// Whether the host is reserved, and a place in line is kept.
+fn is_in_line(status: &Status) -> bool {
+    status.code() == Code::ResourceExhausted && status.message().ends_with(ASK_AGAIN)
 }
 
 /// What the refusal of a session means.

@@ -61,6 +61,8 @@ pub struct StreamsBuilder {
     fails_fast: bool,
     deadline: Duration,
     lease: Duration,
+    wait: Option<Duration>,
+    together: Option<Vec<String>>,
     on_log: Vec<OnLog>,
     environment: bool,
     resolvers: Vec<Arc<dyn Resolver>>,
@@ -104,6 +106,8 @@ impl StreamsBuilder {
             fails_fast: false,
             deadline: limits::TEST_DEADLINE,
             lease: limits::LEASE,
+            wait: None,
+            together: None,
             on_log: Vec::new(),
             environment: true,
             resolvers: Vec::new(),
@@ -194,6 +198,21 @@ impl StreamsBuilder {
         self
     }
 
+    /// How long the test waits in line for a host that others have: 10 minutes unless set, at most 7 days. A definition
+    /// may say otherwise for its stream (`wait`). [`Task::explain`](crate::Task::explain) says who has the host.
+    pub fn wait(mut self, wait: Duration) -> Self {
+        self.wait = Some(wait);
+        self
+    }
+
+    /// Takes the hosts of these streams together: when the first of them is used, all are asked for one after another, in
+    /// one order for all tests, and nothing begins on any of them before all are had. Without this call, those of all
+    /// streams that are defined as exclusive are. Two tests that take the same hosts so cannot lock each other out.
+    pub fn take_together<S: Into<String>>(mut self, names: impl IntoIterator<Item = S>) -> Self {
+        self.together.get_or_insert_default().extend(names.into_iter().map(Into::into));
+        self
+    }
+
     /// Called for each line that any block prints, on a thread of the library. Output is not read while it runs, so that a
     /// slow one slows the reading down, and nothing else.
     pub fn on_log(mut self, callback: impl Fn(&LogLine) + Send + Sync + 'static) -> Self {
@@ -251,7 +270,9 @@ impl StreamsBuilder {
     /// When a definition, a parameter or a name is not valid, or the results have no place.
     pub fn open(mut self) -> Result<Streams, OpenError> {
         let test = TestName::new(&self.name).map_err(OpenError::Name)?;
+        let wait = self.wait.unwrap_or(limits::LINE_WAIT);
         let spans = [
+            ("a wait in line", wait, Duration::ZERO, limits::WAIT_MAX),
             ("a deadline", self.deadline, Duration::from_millis(1), limits::WAIT_MAX),
             ("a lease", self.lease, limits::LEASE_MIN, limits::LEASE_MAX),
         ];
@@ -292,6 +313,10 @@ impl StreamsBuilder {
                 registry.counts.push(0);
             }
         }
+        let together = match self.together {
+            Some(names) => Some(registry.known(names)?),
+            None => None,
+        };
         let results = self
             .results
             .or_else(|| inside.as_ref().map(Inside::results))
@@ -313,6 +338,7 @@ impl StreamsBuilder {
         let shared = Arc::new(TestShared {
             test: test.clone(),
             registry: Mutex::new(registry),
+            together,
             unfinished: watch::Sender::new(0),
         });
         let inbox = Arc::new(Mailbox::new());
@@ -327,7 +353,14 @@ impl StreamsBuilder {
             test: test.clone(),
             deadline: self.deadline,
             fails_fast: self.fails_fast,
-            link: LinkOptions { lease: self.lease, exclusive: false, client: client_name(&test) },
+            link: LinkOptions {
+                lease: self.lease,
+                exclusive: false,
+                // A block is waited for by the test that it belongs to, which may itself be in the way of whom it waits for.
+                wait: if inside.is_some() { wait.min(limits::REACH_MAX) } else { wait },
+                holdings: Arc::default(),
+                client: client_name(&test),
+            },
             writer: writer.clone(),
             scribe,
             sync: sync.clone(),

@@ -6,6 +6,7 @@
 use std::{
     fmt,
     sync::{Arc, OnceLock},
+    time::Duration,
 };
 
 use millstream_common::id::StreamName;
@@ -151,6 +152,11 @@ impl StreamShared {
     /// Whether the host is to be reserved.
     pub(crate) fn exclusive(&self) -> bool {
         self.defined.exclusive
+    }
+
+    /// How long the test waits in line for the host, when the definition says so.
+    pub(crate) fn wait(&self) -> Option<Duration> {
+        self.defined.wait
     }
 
     /// The reach, when somebody made it by hand and gave it.

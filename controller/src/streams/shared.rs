@@ -1,7 +1,7 @@
 //! What the handles of a test share with each other and with the driver: numbers, definitions, outcomes.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     path::PathBuf,
     sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
     time::Duration,
@@ -35,6 +35,8 @@ use crate::{
 pub(crate) struct TestShared {
     pub(crate) test: TestName,
     pub(super) registry: Mutex<Registry>,
+    /// Streams whose hosts are taken together; none: those that are defined as exclusive.
+    pub(super) together: Option<BTreeSet<StreamName>>,
     /// Number of tasks without an outcome.
     pub(super) unfinished: watch::Sender<usize>,
 }
@@ -65,6 +67,14 @@ impl TestShared {
     /// Outcomes of the tasks of one stream that have ended, in their order.
     pub(crate) fn outcomes_of(&self, stream: &StreamName) -> Vec<Arc<Outcome>> {
         self.lock().outcomes.values().filter(|outcome| outcome.stream == *stream).cloned().collect()
+    }
+
+    /// Whether the host of a stream is one of those that are taken together.
+    pub(crate) fn takes_together(&self, stream: &StreamShared) -> bool {
+        match &self.together {
+            Some(names) => names.contains(&stream.name),
+            None => stream.exclusive(),
+        }
     }
 
     /// Every defined stream, in its order.
@@ -358,6 +368,15 @@ impl Core {
 impl Registry {
     fn defined(&self, name: &StreamName) -> Option<Arc<StreamShared>> {
         Some(Arc::clone(&self.streams[*self.by_name.get(name)?]))
+    }
+
+    /// Names of streams that are all defined.
+    pub(super) fn known(&self, names: Vec<String>) -> Result<BTreeSet<StreamName>, StreamError> {
+        let known = |name: String| {
+            let name = StreamName::new(&name).map_err(StreamError::Name)?;
+            if self.by_name.contains_key(&name) { Ok(name) } else { Err(self.unknown(name)) }
+        };
+        names.into_iter().map(known).collect()
     }
 
     /// What is told of a name that nobody defined.

@@ -19,6 +19,7 @@ mod logs;
 mod look;
 mod nested;
 mod on_demand;
+mod sharing;
 mod static_agent;
 mod support;
 mod sync;

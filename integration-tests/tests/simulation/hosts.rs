@@ -20,6 +20,7 @@ use millstream::{
 use millstream_agent::{
     door::{Connection, Door, DoorConfig, StartSupervisor, Starting, Supervisors, identity::Caller},
     entry::Relaunch,
+    session::Bounds,
     supervisor::{
         self,
         disk::{Disk, Host},
@@ -121,6 +122,7 @@ impl Agent {
             base_environment: Vec::new(),
             supervisors: Supervisors::Elsewhere(starter),
             blobs_bytes_max: millstream_common::limits::BLOBS_BYTES_MAX,
+            bounds: Bounds::default(),
         };
         let door = Door::open(config, self.world.clone()).await?;
         let listener = TcpListener::bind(("0.0.0.0", PORT)).await?;

@@ -14,6 +14,7 @@ mod plan;
 mod promises;
 mod run;
 mod scripts;
+mod sharing;
 
 use std::{env, ops::Range};
 
