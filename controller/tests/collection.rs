@@ -118,8 +118,8 @@ fn what_nobody_defined_is_defined_with_gaps_or_refused_by_name() {
 fn a_stream_that_cannot_be_had_is_a_value_to_look_at() {
     let params: Params = "\
 streams:
-  box: docker://create=yes,image=fedora,remove=always
-  far: ssh://tester@far.example.com:2222
+  box: lxd://create=yes,image=fedora,remove=always
+  far: rsh://tester@far.example.com:2222
   typo: {type: tsl, host: x}
   away: {type: tls, host: !env-shown MILLSTREAM_NOT_SET}
 "
@@ -131,8 +131,8 @@ streams:
         StreamError::Place { reason, .. } => reason,
         other => panic!("{other}"),
     };
-    assert!(matches!(reason("box"), PlaceError::UnknownKind { kind, .. } if kind == "docker"));
-    assert!(matches!(reason("far"), PlaceError::UnknownKind { kind, .. } if kind == "ssh"));
+    assert!(matches!(reason("box"), PlaceError::UnknownKind { kind, .. } if kind == "lxd"));
+    assert!(matches!(reason("far"), PlaceError::UnknownKind { kind, .. } if kind == "rsh"));
     assert!(matches!(reason("typo"), PlaceError::UnknownKind { nearest: Some(near), .. } if near == "tls"));
     assert!(matches!(reason("away"), PlaceError::Reference(_)));
     assert!(matches!(streams.try_get("nobody"), Err(StreamError::Unknown { .. })));
@@ -141,7 +141,9 @@ streams:
 
     let error = streams.get("typo").unwrap_err().to_string();
     assert!(
-        error.starts_with("stream `typo`, defined by parameters:4:3: stream type `tsl` is unknown: use one of `local`, `tls`, `unix`"),
+        error.starts_with(
+            "stream `typo`, defined by parameters:4:3: stream type `tsl` is unknown: use one of `"
+        ),
         "{error}"
     );
     assert!(error.ends_with("(did you mean `tls`?)"), "{error}");
@@ -155,7 +157,7 @@ streams:
     let outcome = streams.select("box").unwrap().run_bg(exec(["true"])).remove(0);
     let outcome = millstream::blocking::block_on(outcome.outcome());
     assert_eq!(outcome.kind, OutcomeKind::Error);
-    assert!(outcome.detail.contains("stream type `docker` is unknown"), "{outcome}");
+    assert!(outcome.detail.contains("stream type `lxd` is unknown"), "{outcome}");
     let error = streams.add("more", "vm://rawhide").unwrap_err().to_string();
     assert!(error.contains("stream type `vm` is unknown"), "{error}");
     assert_eq!(streams.len(), 4, "what cannot be had is not added");
