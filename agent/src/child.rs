@@ -113,7 +113,7 @@ async fn serve(directory: &Path, relaunch: Relaunch) -> Result<(), ChildError> {
     let config = DoorConfig {
         state: directory.to_owned(),
         relaunch,
-        base_environment: environment_of_the_test(),
+        base_environment: whole_environment(),
         supervisors: Supervisors::Inside,
         blobs_bytes_max: limits::BLOBS_BYTES_MAX,
         bounds: Bounds::default(),
@@ -179,8 +179,9 @@ fn say_ready() -> io::Result<()> {
     Ok(())
 }
 
-/// The whole environment of the test: a block on a local stream finds what the test finds.
-fn environment_of_the_test() -> Vec<(String, String)> {
+/// The whole environment of this program: a block on a local stream finds what the test finds, and one in a container what
+/// its image says.
+pub(crate) fn whole_environment() -> Vec<(String, String)> {
     env::vars_os()
         .filter(|(name, _)| !is_entry_variable(name))
         // What is no text cannot be passed on; such variables are rare and nobody's business here.

@@ -15,7 +15,7 @@ use std::{
 };
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use millstream_common::{clock::World, limits, protocol, tls::Role};
+use millstream_common::{clock::World, limits, protocol, text::spoken, tls::Role};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
@@ -77,6 +77,10 @@ struct Serve {
     /// Configuration file. Without it, and without the default one, only this host is served.
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
+    /// Be the agent of a place that was made for a test, such as a container: serve the Unix socket alone, give blocks the
+    /// whole environment of this program, and end when nobody has used it for so long.
+    #[arg(long, value_name = "SPAN", value_parser = humantime::parse_duration, conflicts_with = "config")]
+    idle: Option<Duration>,
 }
 
 #[derive(Debug, Args)]
@@ -277,27 +281,29 @@ pub(crate) fn log_to_standard_error(default: &str) {
 impl Serve {
     fn run(self) -> Result<(), RunError> {
         log_to_standard_error("info");
+        let built_in = || Config::built_in(Path::new("built-in configuration"));
         let config = match &self.config {
             Some(path) => Config::load(path)?,
+            None if self.idle.is_some() => Config { listen: Vec::new(), ..built_in() },
             None if Path::new(CONFIG_PATH).exists() => Config::load(Path::new(CONFIG_PATH))?,
-            None => Config::built_in(Path::new("built-in configuration")),
+            None => built_in(),
         };
         let relaunch = Relaunch::of_this_program().map_err(system("find this program's own path"))?;
         let runtime = runtime(WORKER_THREADS)?;
-        let served = runtime.block_on(serve(config, relaunch));
+        let served = runtime.block_on(serve(config, self.idle, relaunch));
         // Threads that wait for supervisors in the kernel hold nobody up.
         runtime.shutdown_background();
         served
     }
 }
 
-async fn serve(config: Config, relaunch: Relaunch) -> Result<(), RunError> {
+async fn serve(config: Config, idle: Option<Duration>, relaunch: Relaunch) -> Result<(), RunError> {
     home::check();
     let tls = config.tls_config()?;
     let door_config = DoorConfig {
         state: config.state_directory.clone(),
         relaunch,
-        base_environment: base_environment(),
+        base_environment: if idle.is_some() { child::whole_environment() } else { base_environment() },
         supervisors: Supervisors::Processes,
         blobs_bytes_max: limits::BLOBS_BYTES_MAX,
         bounds: config.bounds.clone(),
@@ -307,6 +313,14 @@ async fn serve(config: Config, relaunch: Relaunch) -> Result<(), RunError> {
     let listeners = config.bind(tls.as_ref()).await?;
     let shutdown = CancellationToken::new();
     end_on_signals(&shutdown)?;
+    if let Some(idle) = idle {
+        let (ending, shutdown) = (door.ending(), shutdown.clone());
+        tokio::spawn(async move {
+            ending.unused_for(idle).await;
+            info!("not used for {}", spoken(idle));
+            shutdown.cancel();
+        });
+    }
     if let (Some(paths), Some(tls)) = (&config.tls, &tls) {
         tokio::spawn(reload::keep_fresh(paths.value.clone(), tls.clone()));
     }

@@ -103,7 +103,7 @@ impl fmt::Display for Setting {
         match &self.value {
             Held::Elsewhere(reference) => reference.fmt(f),
             Held::Here(_) if self.secret => f.write_str(HIDDEN),
-            Held::Here(text) => f.write_str(text),
+            Held::Here(text) => f.write_str(&text.trim_end().replace('\n', " ")),
         }
     }
 }

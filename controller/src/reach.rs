@@ -20,6 +20,7 @@ use crate::params::{HIDDEN, ReferenceError};
 
 pub(crate) mod child;
 pub(crate) mod command;
+pub(crate) mod container;
 pub mod local;
 pub(crate) mod nowhere;
 pub(crate) mod program;
@@ -51,6 +52,9 @@ pub trait Reach: Send + Sync + fmt::Debug + 'static {
         limits::HANDSHAKE_MAX
     }
 
+    /// Called when a task that ran there has ended unexpectedly: a reach that keeps what failed remembers it.
+    fn task_failed(&self) {}
+
     /// Called when the test is over, after the session was closed: ends what the reach itself started.
     fn release(&self) -> Pin<Box<dyn Future<Output = ()> + Send + '_>> {
         Box::pin(async {})
@@ -61,9 +65,10 @@ pub trait Reach: Send + Sync + fmt::Debug + 'static {
 #[derive(Clone, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub struct Place {
-    /// The type: `local`, `tls`, `unix`, `command`, or one that was registered.
+    /// The type: `local`, `tls`, `unix`, `command`, `docker`, `podman`, or one that was registered.
     pub kind: String,
-    /// What stands behind `://`, or the key `host` (`path` for `unix`, `command` for `command`); empty when nothing does.
+    /// What stands behind `://`, or the key `host` (`path` for `unix`, `command` for `command`, `name` for containers); empty
+    /// when nothing does.
     pub address: String,
     /// All other keys that the type understands. What was kept in files and variables stands here in clear; a list has a
     /// line for each item.
@@ -246,7 +251,7 @@ type Factory = Arc<dyn Fn(&Place) -> Result<Arc<dyn Reach>, PlaceError> + Send +
 static REGISTERED: RwLock<BTreeMap<String, Factory>> = RwLock::new(BTreeMap::new());
 
 /// The types that are always there.
-const BUILT_IN: [&str; 4] = ["command", "local", "tls", "unix"];
+const BUILT_IN: [&str; 6] = ["command", "docker", "local", "podman", "tls", "unix"];
 
 /// Registers a type of streams under the name that definitions use, such as `vm` in `vm://rawhide`. A later registration
 /// of the same name replaces the earlier one; a type that is built in stays as it is.
@@ -283,6 +288,7 @@ pub(crate) fn resolve(place: &Place, surroundings: &Surroundings) -> Result<Arc<
             Ok(Arc::clone(&surroundings.local) as Arc<dyn Reach>)
         }
         "command" => Ok(Arc::new(command::Command::new(place)?)),
+        "docker" | "podman" => Ok(Arc::new(container::Container::new(place)?)),
         "tls" => Ok(Arc::new(tcp::Tls::new(place)?)),
         "unix" => Ok(Arc::new(unix::Unix::new(place)?)),
         kind => {
@@ -348,7 +354,9 @@ mod tests {
     fn an_unknown_type_is_answered_with_the_nearest_one() {
         let error = resolve(&Place::new("unx", "/run/x"), &surroundings()).unwrap_err().to_string();
         assert!(
-            error.starts_with("stream type `unx` is unknown: use one of `command`, `local`, `tls`, `unix`"),
+            error.starts_with(
+                "stream type `unx` is unknown: use one of `command`, `docker`, `local`, `podman`, `tls`, `unix`"
+            ),
             "{error}"
         );
         assert!(error.ends_with("(did you mean `unix`?)"), "{error}");

@@ -10,6 +10,7 @@ pub mod lab;
 pub mod machine;
 pub mod namespace;
 pub mod package;
+pub mod podman;
 pub mod processes;
 pub mod tools;
 pub mod wait;

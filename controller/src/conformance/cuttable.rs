@@ -166,6 +166,10 @@ impl Reach for Cuttable {
         self.inner.survives_disconnect()
     }
 
+    fn task_failed(&self) {
+        self.inner.task_failed();
+    }
+
     fn release(&self) -> Pin<Box<dyn Future<Output = ()> + Send + '_>> {
         // Several tests of the suite use one reach after the other.
         Box::pin(async {})

@@ -11,7 +11,10 @@ use millstream_common::{
 };
 
 use super::{Defaults, DefineStreamError, Defined, DefinitionFault, Held, Setting, listed, sounds_secret};
-use crate::params::{Entry, HIDDEN, Node, Origin, Value};
+use crate::{
+    params::{Entry, HIDDEN, Node, Origin, Value},
+    reach::container,
+};
 
 /// A type that is always there.
 #[derive(Debug)]
@@ -19,20 +22,30 @@ pub(super) struct BuiltIn {
     pub(super) name: &'static str,
     /// The key that holds the address, when the type has one.
     pub(super) address: Option<&'static str>,
+    /// Whether its keys may stand where others have an address, which then may be missing.
+    pub(super) is_told_by_keys: bool,
     /// All keys that it takes.
     pub(super) keys: &'static [&'static str],
 }
 
 /// The types that are always there.
-pub(super) const BUILT_IN: [BuiltIn; 4] = [
-    BuiltIn { name: "command", address: Some("command"), keys: &["command", "host", "bring", "agent"] },
-    BuiltIn { name: "local", address: None, keys: &[] },
+pub(super) const BUILT_IN: [BuiltIn; 6] = [
+    BuiltIn {
+        name: "command",
+        address: Some("command"),
+        is_told_by_keys: false,
+        keys: &["command", "host", "bring", "agent"],
+    },
+    BuiltIn { name: "docker", address: Some("name"), is_told_by_keys: true, keys: &container::KEYS },
+    BuiltIn { name: "local", address: None, is_told_by_keys: false, keys: &[] },
+    BuiltIn { name: "podman", address: Some("name"), is_told_by_keys: true, keys: &container::KEYS },
     BuiltIn {
         name: "tls",
         address: Some("host"),
+        is_told_by_keys: false,
         keys: &["host", "port", "authority", "certificate", "key", "server_name"],
     },
-    BuiltIn { name: "unix", address: Some("path"), keys: &["path"] },
+    BuiltIn { name: "unix", address: Some("path"), is_told_by_keys: false, keys: &["path"] },
 ];
 
 /// Other words that are understood, and the keys that they stand for: the file and its variable are called `ca`.
@@ -49,7 +62,16 @@ pub(super) const COMMON: [&str; 10] =
 
 /// The keys that a type takes; none when only the type itself knows them.
 pub(super) fn own(kind: &str) -> Option<&'static [&'static str]> {
-    BUILT_IN.iter().find(|built_in| built_in.name == kind).map(|built_in| built_in.keys)
+    built_in(kind).map(|built_in| built_in.keys)
+}
+
+/// Whether keys may stand where an address stands: `docker://create=yes,image=fedora`.
+pub(super) fn is_told_by_keys(kind: &str) -> bool {
+    built_in(kind).is_none_or(|built_in| built_in.is_told_by_keys)
+}
+
+fn built_in(kind: &str) -> Option<&'static BuiltIn> {
+    BUILT_IN.iter().find(|built_in| built_in.name == kind)
 }
 
 /// A definition as a mapping.
@@ -126,12 +148,11 @@ pub(super) fn check_address(definition: &Defined) -> Result<(), &'static str> {
 
 /// The key that holds the address, when the type has one.
 pub(super) fn address_key(kind: &str) -> Option<&'static str> {
-    BUILT_IN.iter().find(|built_in| built_in.name == kind).map_or(Some("host"), |built_in| built_in.address)
+    built_in(kind).map_or(Some("host"), |built_in| built_in.address)
 }
 
 /// Moves the key that holds the address to its place.
 pub(super) fn take_address(definition: &mut Defined, origin: &Origin) -> Result<(), DefineStreamError> {
-    let built_in = BUILT_IN.iter().find(|kind| kind.name == definition.kind);
     let Some(key) = address_key(&definition.kind) else { return Ok(()) };
     match definition.options.get(key) {
         Some(setting) if setting.secret => {
@@ -157,7 +178,7 @@ pub(super) fn take_address(definition: &mut Defined, origin: &Origin) -> Result<
                     .at(origin)
             })?;
         }
-        None if built_in.is_some() => {
+        None if !is_told_by_keys(&definition.kind) => {
             let (name, kind) = (definition.name.to_string(), definition.kind.clone());
             return Err(DefinitionFault::Missing { name, kind, key }.at(origin));
         }

@@ -177,7 +177,7 @@ fn an_entry_without_details_gets_the_defaults() {
 fn the_authority_may_be_called_ca_as_in_the_name_of_its_file() {
     check("streams:\n  a: {type: tls, host: x, ca: y}\n", expect!["a = tls://x?authority=y"]);
     check("streams:\n  a: tls://x?ca=y\n", expect!["a = tls://x?authority=y"]);
-    check("streams:\n  a: {type: docker, ca: y}\n", expect!["a = docker?ca=y"]);
+    check("streams:\n  a: {type: vm, ca: y}\n", expect!["a = vm?ca=y"]);
     check(
         "streams:\n  a: {type: tls, host: x, ca: y, authority: z}\n",
         expect!["lab.yaml:2:27: stream `a` has `authority` and `ca`, which mean the same: remove `ca`"],
@@ -283,20 +283,20 @@ fn one_text_can_define_several() {
 
 #[test]
 fn what_is_secret_or_sounds_so_is_not_shown() {
-    check("streams:\n  a: {type: docker, image: x, password: hunter2}\n", expect!["a = docker?image=x&password=…"]);
-    check("streams:\n  a: {type: docker, image: !secret x, key: !file /k, user: y}\n", expect![[r#"a = docker?image=…&key=!file /k Defaults { env: {}, cwd: None, user: Some("y"), timeout: None, wrap: [], limits: ResourceLimits { memory_bytes: None, pids_count: None, cpu_millis: None }, on_failure: Continue }"#]]);
-    check("streams:\n  a: docker://image=x,token=hunter2\n", expect!["a = docker?image=x&token=…"]);
-    check("streams:\n  a: docker://image=x,token=hunter2,image=y\n", expect!["lab.yaml:2:6: stream `a` has the address `docker://image=x,token=…`: it gives a key twice"]);
-    check("streams:\n  a: docker://user:hunter2@host\n", expect!["lab.yaml:2:6: stream `a` has the address `docker://user:…@host`: a password in a URL is seen by everybody: write a mapping with `password: !file PATH`"]);
-    check("streams:\n  a: docker://user:hunter2@host?b=1&password=hunter2\n", expect!["lab.yaml:2:6: stream `a` has the address `docker://user:…@host?b=1&password=…`: a password in a URL is seen by everybody: write a mapping with `password: !file PATH`"]);
+    check("streams:\n  a: {type: vm, image: x, password: hunter2}\n", expect!["a = vm?image=x&password=…"]);
+    check("streams:\n  a: {type: vm, image: !secret x, key: !file /k, user: y}\n", expect![[r#"a = vm?image=…&key=!file /k Defaults { env: {}, cwd: None, user: Some("y"), timeout: None, wrap: [], limits: ResourceLimits { memory_bytes: None, pids_count: None, cpu_millis: None }, on_failure: Continue }"#]]);
+    check("streams:\n  a: vm://image=x,token=hunter2\n", expect!["a = vm?image=x&token=…"]);
+    check("streams:\n  a: vm://image=x,token=hunter2,image=y\n", expect!["lab.yaml:2:6: stream `a` has the address `vm://image=x,token=…`: it gives a key twice"]);
+    check("streams:\n  a: vm://user:hunter2@host\n", expect!["lab.yaml:2:6: stream `a` has the address `vm://user:…@host`: a password in a URL is seen by everybody: write a mapping with `password: !file PATH`"]);
+    check("streams:\n  a: vm://user:hunter2@host?b=1&password=hunter2\n", expect!["lab.yaml:2:6: stream `a` has the address `vm://user:…@host?b=1&password=…`: a password in a URL is seen by everybody: write a mapping with `password: !file PATH`"]);
     check("streams:\n  a: 'foo bar://a:hunter2@x?password=hunter2/b&c'\n", expect!["lab.yaml:2:6: stream `a` has the address `foo bar://a:…@x?password=…`: write a URL, such as `tls://host:7433`"]);
-    check_inline("a=docker://password=hunter2,b", expect!["MILLSTREAM_STREAMS: stream `a` has the address `docker://password=…`: write its keys as `key=value`"]);
-    check_inline("docker://password=hunter2", expect!["MILLSTREAM_STREAMS: the stream name `docker://password` has a `/` at byte 7: use letters, digits, `-`, `_` or `.`"]);
+    check_inline("a=vm://password=hunter2,b", expect!["MILLSTREAM_STREAMS: stream `a` has the address `vm://password=…`: write its keys as `key=value`"]);
+    check_inline("vm://password=hunter2", expect!["MILLSTREAM_STREAMS: the stream name `vm://password` has a `/` at byte 3: use letters, digits, `-`, `_` or `.`"]);
 }
 
 #[test]
 fn secrets_stand_only_where_nobody_looks() {
-    check("streams:\n  a: !secret docker://x\n", expect!["lab.yaml:2:14: stream `a` is marked as secret, but everybody sees where a stream is: write a mapping and mark what is secret in it"]);
+    check("streams:\n  a: !secret vm://x\n", expect!["lab.yaml:2:14: stream `a` is marked as secret, but everybody sees where a stream is: write a mapping and mark what is secret in it"]);
     check("streams:\n  a: !env-shown WHERE\n", expect!["lab.yaml:2:17: stream `a` is neither a URL, such as `tls://host:7433`, nor a mapping with `type`"]);
     check("streams:\n  a: {type: tls, host: !env LAB_HOST}\n", expect!["lab.yaml:2:29: `host` of stream `a` is `!env LAB_HOST`: everybody sees where a stream is: write it without a tag, or as `!env-shown NAME`"]);
     check("streams:\n  a: {type: tls, host: !env-shown LAB_HOST, key: !file /k}\n", expect!["a = tls?host=!env LAB_HOST&key=!file /k"]);
@@ -305,6 +305,18 @@ fn secrets_stand_only_where_nobody_looks() {
     check("streams:\n  a: {type: local, wrap: [!env X]}\n", expect!["lab.yaml:2:32: `wrap` of stream `a` is `!env X`: whoever looks at the host can see it: write it without a tag, or give it to blocks as a secret parameter"]);
     check("streams:\n  a: {type: local, timeout: !env-shown X}\n", expect!["lab.yaml:2:40: `timeout` of stream `a` is `!env X`: whoever looks at the host can see it: write it without a tag, or give it to blocks as a secret parameter"]);
     check("streams:\n  a: {type: !secret hunter2}\n", expect!["lab.yaml:2:21: `type` of stream `a` is `…`: whoever looks at the host can see it: write it without a tag, or give it to blocks as a secret parameter"]);
+}
+
+#[test]
+fn containers_are_told_by_an_address_or_by_keys() {
+    check("streams:\n  a: podman://box\n  b: {type: podman, name: box}\n  c: podman://box?image=x&remove=never\n  d: podman\n", expect![[r#"
+        a = podman://box
+        b = podman://box
+        c = podman://box?image=x&remove=never
+        d = podman"#]]);
+    check("streams:\n  a: {type: docker, image: x, mounts: ['/a b:/c', '/d:/e']}\n", expect!["a = docker?image=x&mounts=/a b:/c /d:/e"]);
+    check("streams:\n  a: docker://image=x,imge=y\n", expect!["lab.yaml:2:6: stream `a` has the unknown key `imge`: did you mean `image`? (there are `name`, `image`, `create`, `remove`, `mounts`, `network`, `memory`, `cpus`, `pids`, `options`, `engine`, `agent`, `idle`, `type`, `env`, `cwd`, `user`, `timeout`, `wrap`, `limits`, `on_failure`, `exclusive`)"]);
+    check("streams:\n  a: {type: docker, image: x, mounts: {a: b}}\n", expect!["lab.yaml:2:39: `mounts` of stream `a` is `{…}`: write a text or a list of texts"]);
 }
 
 #[test]
@@ -317,7 +329,7 @@ fn what_is_kept_elsewhere_is_looked_up_when_the_place_is_wanted() {
             Err(error) => error.to_string(),
         });
     };
-    place("streams:\n  a: {type: docker, host: !file-shown /dev/null, password: !file /dev/null, image: x}\n", expect![[r#"Place { kind: "docker", address: "", options: {"image": "x", "password": "…"} } "#]]);
-    place("streams:\n  a: {type: docker, image: x, password: !secret hunter2}\n", expect![[r#"Place { kind: "docker", address: "", options: {"image": "x", "password": "…"} } hunter2"#]]);
+    place("streams:\n  a: {type: vm, host: !file-shown /dev/null, password: !file /dev/null, image: x}\n", expect![[r#"Place { kind: "vm", address: "", options: {"image": "x", "password": "…"} } "#]]);
+    place("streams:\n  a: {type: vm, image: x, password: !secret hunter2}\n", expect![[r#"Place { kind: "vm", address: "", options: {"image": "x", "password": "…"} } hunter2"#]]);
     place("streams:\n  a: {type: tls, host: !env-shown MILLSTREAM_NOT_SET}\n", expect!["lab.yaml:2:35: the variable `MILLSTREAM_NOT_SET` is not set: set it for this program, or name another with `!env`"]);
 }

@@ -1,6 +1,7 @@
 //! A definition in one line: `type://address?key=value&key=value`, or a type alone. Pure.
 //!
-//! A type that was registered may also be told its keys instead of an address: `docker://create=yes,image=fedora`.
+//! Containers, and types that were registered, may also be told their keys instead of an address:
+//! `docker://create=yes,image=fedora`.
 
 use millstream_common::id::StreamName;
 
@@ -27,7 +28,7 @@ pub(super) fn define(name: StreamName, url: &str, origin: &Origin) -> Result<Def
     let mut definition = Defined::local(name.clone(), origin.clone());
     definition.kind = kind.to_owned();
     let (address, query) = rest.split_once('?').unwrap_or((rest, ""));
-    let is_list_of_keys = own.is_none() && address.contains('=');
+    let is_list_of_keys = keys::is_told_by_keys(kind) && address.contains('=');
     if !is_list_of_keys {
         definition.address = address.to_owned();
     }

@@ -119,6 +119,9 @@ impl Driver {
         let outcome = Arc::new(outcome(&work, end, clock, results, problem));
         if !outcome.is_expected() {
             warn!(task = outcome.label(), stream = %outcome.stream, "{}", outcome.sentence());
+            if let Some(state) = self.streams.get(&work.stream) {
+                state.shared.reach().task_failed();
+            }
         }
         self.debug_line(&outcome.sentence());
         // The outcome is there before anybody is told that it is.

@@ -241,6 +241,11 @@ async fn pass(path: &Path, to: &mut (impl AsyncWrite + Unpin)) -> io::Result<()>
 }
 
 impl Program {
+    /// The file and its digest, when it is the agent's own program and needs no shell to become one.
+    pub(crate) fn file(&self) -> Option<(&Path, &str)> {
+        matches!(self.how, How::Agent).then_some((&*self.path, &self.digest))
+    }
+
     /// Sends the program, and listens meanwhile: whoever does not want it any more says so, and may not read on.
     async fn send(&self, pipe: &mut ChildPipe, token: &str) -> Result<Answer, BringError> {
         let mut input = pipe.take_input();

@@ -11,6 +11,7 @@ mod bad_input;
 mod barriers;
 mod commands;
 mod conformance;
+mod containers;
 mod crashes;
 mod examples;
 mod install;
