@@ -4,8 +4,9 @@ use std::{env, error::Error, fs, path::PathBuf};
 
 use prost::Message as _;
 
-const FILES: [&str; 4] = [
+const FILES: [&str; 5] = [
     "millstream/v1/agent.proto",
+    "millstream/v1/authority.proto",
     "millstream/v1/sync.proto",
     "millstream/v1/nested.proto",
     "millstream/supervisor/v1/supervisor.proto",

@@ -8,6 +8,7 @@ mod upkeep;
 use std::{
     env,
     io::{self, IsTerminal as _, Write as _},
+    net::SocketAddr,
     os::{linux::net::SocketAddrExt as _, unix::net::UnixDatagram},
     path::{Path, PathBuf},
     process::ExitCode,
@@ -24,9 +25,12 @@ use tracing_subscriber::EnvFilter;
 use crate::{
     child::{self, ChildError},
     config::{CONFIG_PATH, Config, ConfigError},
-    door::{Door, DoorConfig, DoorError, Supervisors, base_environment, reload},
+    door::{Door, DoorConfig, DoorError, Supervisors, base_environment, reload, renewing},
     entry::Relaunch,
-    pki::{self, Authority, CERTIFICATE_LIFE, PkiError, Wanted},
+    pki::{
+        self, Authority, CERTIFICATE_LIFE, PkiError, Wanted, renewal,
+        serve::{self, AuthorityServer, ServeError},
+    },
     stdio::{Relay, RelayError},
     supervisor::cgroup::home,
 };
@@ -140,6 +144,18 @@ enum Pki {
         #[arg(required = true, value_name = "FILE")]
         files: Vec<PathBuf>,
     },
+    /// Renew certificates of agents that ask before theirs have expired: their `tls` has `renew` with this host.
+    Serve {
+        /// Where the authority's files are.
+        #[arg(long, value_name = "DIR", default_value = "/etc/millstream/pki")]
+        dir: PathBuf,
+        /// Address to listen on.
+        #[arg(long, value_name = "ADDRESS", default_value_t = SocketAddr::from(([0, 0, 0, 0], serve::PORT)))]
+        listen: SocketAddr,
+        /// Name or address by which agents dial this host; once for each.
+        #[arg(long, required = true, value_name = "HOST")]
+        address: Vec<String>,
+    },
     /// Show certificates.
     Show {
         /// Files in PEM form.
@@ -179,6 +195,8 @@ enum RunError {
     Child(#[from] ChildError),
     #[error(transparent)]
     Pki(#[from] PkiError),
+    #[error(transparent)]
+    Serve(#[from] ServeError),
     #[error(transparent)]
     Relay(#[from] RelayError),
     #[error(transparent)]
@@ -299,6 +317,9 @@ impl Serve {
 
 async fn serve(config: Config, idle: Option<Duration>, relaunch: Relaunch) -> Result<(), RunError> {
     home::check();
+    if let Some(paths) = &config.tls {
+        renewal::finish_interrupted(&paths.value)?;
+    }
     let tls = config.tls_config()?;
     let door_config = DoorConfig {
         state: config.state_directory.clone(),
@@ -323,6 +344,13 @@ async fn serve(config: Config, idle: Option<Duration>, relaunch: Relaunch) -> Re
     }
     if let (Some(paths), Some(tls)) = (&config.tls, &tls) {
         tokio::spawn(reload::keep_fresh(paths.value.clone(), tls.clone()));
+        let keeping = renewing::keep_valid(
+            paths.value.clone(),
+            config.renew.clone(),
+            World::system(),
+            door.certificate(),
+        );
+        tokio::spawn(keeping);
     }
     for listen in &config.listen {
         info!(address = %listen.value, tls = tls.is_some(), "listening");
@@ -435,6 +463,7 @@ impl Pki {
                     authority.revocations().display()
                 ))
             }
+            Self::Serve { dir, listen, address } => serve_authority(&dir, listen, address),
             Self::Show { files } => {
                 for file in files {
                     print(&pki::show(&file, now_ns)?.to_string())?;
@@ -443,6 +472,19 @@ impl Pki {
             }
         }
     }
+}
+
+fn serve_authority(directory: &Path, listen: SocketAddr, hosts: Vec<String>) -> Result<(), RunError> {
+    log_to_standard_error("info");
+    runtime(1)?.block_on(async {
+        let server = AuthorityServer::bind(directory, listen, hosts, World::system()).await?;
+        let shutdown = CancellationToken::new();
+        end_on_signals(&shutdown)?;
+        let address = server.address().map_err(system("find the address that it listens on"))?;
+        info!(%address, directory = %directory.display(), "renewing certificates of agents");
+        tell_init_system("READY=1");
+        Ok(server.serve(shutdown).await?)
+    })
 }
 
 #[cfg(test)]

@@ -41,7 +41,7 @@ const FILE_BYTES_MAX: u64 = 1024 * 1024;
 const SOCKET_MODE: u32 = 0o666;
 
 const KEYS: &[&str] = &["limits", "listen", "state_directory", "tls", "unix_socket"];
-const TLS_KEYS: &[&str] = &["authority", "certificate", "key", "revocations"];
+const TLS_KEYS: &[&str] = &["authority", "certificate", "key", "renew", "revocations"];
 /// Other words that are understood, and the ones that they stand for.
 const ALIASES: [(&str, &str); 1] = [("ca", "authority")];
 
@@ -82,6 +82,8 @@ pub struct Config {
     pub state_directory: PathBuf,
     /// Certificate, key and authority; without them only loopback is listened on.
     pub tls: Option<Placed<TlsPaths>>,
+    /// Where the authority renews this agent's certificate.
+    pub renew: Option<String>,
     /// How long leases may be, and how much one identity may have.
     pub bounds: Bounds,
 }
@@ -116,7 +118,10 @@ impl Config {
                 "listen" => config.listen = reader.addresses(value)?,
                 "unix_socket" => config.unix_socket = reader.path("unix_socket", value)?,
                 "state_directory" => config.state_directory = reader.path("state_directory", value)?.value,
-                _ => config.tls = Some(reader.tls(value)?),
+                _ => {
+                    let (tls, renew) = reader.tls(value)?;
+                    (config.tls, config.renew) = (Some(tls), renew);
+                }
             }
         }
         config.check()?;
@@ -133,6 +138,7 @@ impl Config {
             unix_socket: Placed { value: UNIX_SOCKET.into(), place },
             state_directory: STATE.into(),
             tls: None,
+            renew: None,
             bounds: Bounds::default(),
         }
     }
@@ -281,10 +287,17 @@ impl Reader<'_> {
         entries.into_iter().map(address).collect()
     }
 
-    fn tls(&self, located: Located) -> Result<Placed<TlsPaths>, ConfigError> {
+    fn tls(&self, located: Located) -> Result<(Placed<TlsPaths>, Option<String>), ConfigError> {
         let place = self.place(located.mark);
+        let mut renew = None;
         let (mut certificate, mut private, mut authority, mut revocations) = (None, None, None, None);
         for (key, value) in self.mapping(located, "tls", "`tls`", TLS_KEYS)? {
+            if key == "renew" {
+                let wanted =
+                    "the host of `millstream-agent pki serve`, such as ca.example.com or ca.example.com:7434";
+                renew = Some(self.text("renew", value, wanted)?.value);
+                continue;
+            }
             let path = Some(self.path(key, value)?.value);
             match key {
                 "certificate" => certificate = path,
@@ -300,7 +313,7 @@ impl Reader<'_> {
             authority: authority.ok_or_else(|| missing("authority"))?,
             revocations,
         };
-        Ok(Placed { value, place })
+        Ok((Placed { value, place }, renew))
     }
 }
 

@@ -9,7 +9,9 @@ pub mod admission;
 mod finding;
 pub mod identity;
 mod opening;
+mod refusals;
 pub mod reload;
+pub mod renewing;
 pub(crate) mod service;
 mod shares;
 pub mod status;
@@ -43,6 +45,7 @@ use tracing::{error, info, warn};
 pub(crate) use self::opening::{Ending, STATE_PATH_BYTES_MAX};
 use self::{
     acceptor::Places,
+    renewing::CertificateNote,
     shares::Starts,
     status::{DiskUse, LastErrors},
     store::Store,
@@ -88,6 +91,7 @@ pub(crate) struct Shared {
     askings: Mutex<BTreeMap<Ticket, oneshot::Sender<Result<Admitted, OpenRefusal>>>>,
     next_ticket: AtomicU64,
     starts: Starts,
+    certificate: Arc<CertificateNote>,
     supervised: Mutex<BTreeMap<SessionId, Arc<Slot>>>,
     notices: mpsc::Sender<(SessionId, Notice)>,
     status_changed: watched::Sender<u64>,

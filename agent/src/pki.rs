@@ -4,7 +4,9 @@
 //! a role may do is not decided here; but a
 //! certificate of an agent can only be a server, and the others only clients, so that one stolen from a host opens no other.
 
+pub mod renewal;
 mod revocations;
+pub mod serve;
 
 use std::{
     fmt::{self, Write as _},
@@ -37,7 +39,7 @@ const AUTHORITY_LIFE: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
 /// How long a certificate lives unless another span is asked for.
 pub const CERTIFICATE_LIFE: Duration = Duration::from_secs(90 * 24 * 3600);
 /// Clocks of hosts differ: a certificate is valid from a little before it was made.
-const CLOCKS_DIFFER: Duration = Duration::from_secs(300);
+pub(crate) const CLOCKS_DIFFER: Duration = Duration::from_secs(300);
 /// The authority's files.
 const AUTHORITY_CERTIFICATE: &str = "ca.pem";
 const AUTHORITY_KEY: &str = "ca.key";

@@ -3,7 +3,9 @@
 //! TLS 1.3 only, one provider of cryptography which is handed over by name, no session tickets: every connection shows its
 //! certificate. What an identity *may* do is decided by the agent's table of calls and roles, not here.
 
+mod holder;
 mod identity;
+mod presented;
 #[cfg(test)]
 mod tests;
 mod words;
@@ -30,7 +32,9 @@ use rustls::{
 };
 
 pub use self::{
-    identity::{Identity, IdentityError, Role, valid_until},
+    holder::{Holder, HolderError, check_holder},
+    identity::{Identity, IdentityError, Role, life, valid_until},
+    presented::with_presented,
     words::{is_refusal_of_the_agent, reason},
 };
 
@@ -259,10 +263,11 @@ fn server_tls(paths: &TlsPaths) -> Result<ServerTls, TlsError> {
         .allow_unknown_revocation_status()
         .build()
         .map_err(|error| unusable(paths, &error))?;
+    let verifier: Arc<dyn ClientCertVerifier> = Arc::new(presented::Noting(verifier));
     let mut config = ServerConfig::builder_with_provider(provider())
         .with_protocol_versions(&[&rustls::version::TLS13])
         .map_err(|source| pair(paths, source))?
-        .with_client_cert_verifier(verifier.clone())
+        .with_client_cert_verifier(Arc::clone(&verifier))
         .with_single_cert(chain, key)
         .map_err(|source| pair(paths, source))?;
     config.alpn_protocols = vec![ALPN.to_vec()];
@@ -313,6 +318,52 @@ pub fn client_config(
     config.alpn_protocols = vec![ALPN.to_vec()];
     config.resumption = Resumption::disabled();
     Ok((Arc::new(config), name))
+}
+
+/// The configuration of somebody without a certificate who dials an agent or an authority that goes by `server_name`.
+///
+/// # Errors
+/// When the authority's file is missing or not what it should be, or the name is none.
+pub fn anonymous_client_config(
+    authority: &Path,
+    server_name: &str,
+) -> Result<(Arc<ClientConfig>, ServerName<'static>), TlsError> {
+    let name = ServerName::try_from(server_name.to_owned())
+        .map_err(|_| TlsError::ServerName { name: crate::text::printable(server_name.as_bytes(), 256) })?;
+    let unusable = |reason: String| TlsError::Authority { path: authority.to_owned(), reason };
+    let mut roots = RootCertStore::empty();
+    for certificate in certificates("certificate of the authority", authority)? {
+        roots.add(certificate).map_err(|error| unusable(reason(&error)))?;
+    }
+    let inner = WebPkiServerVerifier::builder_with_provider(Arc::new(roots), provider())
+        .build()
+        .map_err(|error| unusable(error.to_string()))?;
+    let mut config = ClientConfig::builder_with_provider(provider())
+        .with_protocol_versions(&[&rustls::version::TLS13])
+        .map_err(|error| unusable(reason(&error)))?
+        .dangerous()
+        .with_custom_certificate_verifier(Arc::new(AgentVerifier { inner }))
+        .with_no_client_auth();
+    config.alpn_protocols = vec![ALPN.to_vec()];
+    config.resumption = Resumption::disabled();
+    Ok((Arc::new(config), name))
+}
+
+/// The configuration of a server that takes everybody: what callers hold they show in their calls.
+///
+/// # Errors
+/// When certificate and key do not belong together.
+pub fn open_server_config(
+    certificate: CertificateDer<'static>,
+    key: PrivateKeyDer<'static>,
+) -> Result<Arc<ServerConfig>, rustls::Error> {
+    let mut config = ServerConfig::builder_with_provider(provider())
+        .with_protocol_versions(&[&rustls::version::TLS13])?
+        .with_no_client_auth()
+        .with_single_cert(vec![certificate], key)?;
+    config.alpn_protocols = vec![ALPN.to_vec()];
+    config.send_tls13_tickets = 0;
+    Ok(Arc::new(config))
 }
 
 fn pair(paths: &TlsPaths, source: rustls::Error) -> TlsError {

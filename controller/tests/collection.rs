@@ -244,7 +244,7 @@ fn definitions_in_code_are_checked_as_those_in_files() {
     );
     assert_eq!(
         lab_error(Definition::url("tls://x").key("hots", "y")),
-        "the test: stream `x` has the unknown key `hots`: did you mean `host`? (there are `host`, `port`, `authority`, `certificate`, `key`, `server_name`, `type`, `env`, `cwd`, `user`, `timeout`, `wrap`, `limits`, `on_failure`, `exclusive`, `wait`)"
+        "the test: stream `x` has the unknown key `hots`: did you mean `host`? (there are `host`, `port`, `authority`, `certificate`, `key`, `revocations`, `server_name`, `type`, `env`, `cwd`, `user`, `timeout`, `wrap`, `limits`, `on_failure`, `exclusive`, `wait`)"
     );
     let shown = format!("{:?}", Definition::url("vm://x?token=hunter2").secret("password", "hunter2"));
     assert_eq!(shown, r#"Definition { place: "vm://x?token=…", keys: ["password"], .. }"#);

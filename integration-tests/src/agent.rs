@@ -95,6 +95,18 @@ impl Agent {
         Self::start_with(None, nowhere, directory, &yaml, None)
     }
 
+    /// As [`Agent::start`], with the configuration's `tls` as it is given.
+    ///
+    /// # Panics
+    /// When it does not start; the message has its log.
+    #[must_use]
+    pub fn start_in(place: &Namespace, address: Ipv4Addr, directory: &Path, tls: &str) -> Self {
+        fs::create_dir_all(directory).expect("the lab's directory can be written");
+        let address = SocketAddrV4::new(address, PORT);
+        let yaml = configuration(address, None, directory) + tls;
+        Self::start_with(Some(place), address, directory, &yaml, None)
+    }
+
     /// What a stream definition says to reach it by its Unix socket.
     #[must_use]
     pub fn unix_url(&self) -> String {

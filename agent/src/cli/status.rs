@@ -4,7 +4,7 @@ use std::{fmt::Write as _, io};
 
 use clap::Args;
 use millstream_common::{
-    pipe,
+    convert, pipe,
     text::{counted, spoken},
 };
 use millstream_proto::v1::{self, agent_service_client::AgentServiceClient};
@@ -14,7 +14,7 @@ use super::{
     dial::{DialError, Dialling},
     upkeep::survivor_line,
 };
-use crate::config::UNIX_SOCKET;
+use crate::{config::UNIX_SOCKET, door::status::clock_text};
 
 /// Options of `status`.
 #[derive(Debug, Args)]
@@ -125,6 +125,9 @@ fn as_table(status: &v1::AgentStatus) -> String {
             bytes(spool.free_bytes)
         ),
     );
+    if let Some(certificate) = &status.certificate {
+        line("certificate", certificate_line(certificate));
+    }
     line("sessions", status.sessions.len().to_string());
     for session in &status.sessions {
         session_lines(session, &mut out);
@@ -136,6 +139,20 @@ fn as_table(status: &v1::AgentStatus) -> String {
         let _ = writeln!(out, "error        {error}");
     }
     out
+}
+
+fn certificate_line(certificate: &v1::CertificateStatus) -> String {
+    let until = certificate.expire_time.as_ref().map_or_else(String::new, shown_time);
+    let renewal = match (&certificate.renew_time, certificate.trouble.as_str()) {
+        (None, _) => "nobody renews it".to_owned(),
+        (Some(at), "") => format!("is renewed at {}", shown_time(at)),
+        (Some(at), trouble) => format!("NOT RENEWED ({trouble}), tried again at {}", shown_time(at)),
+    };
+    format!("{}, until {until}, {renewal}", certificate.identity)
+}
+
+fn shown_time(time: &prost_types::Timestamp) -> String {
+    clock_text(convert::timestamp_ns(time))
 }
 
 fn session_lines(session: &v1::SessionStatus, out: &mut String) {
@@ -222,6 +239,12 @@ fn as_json(status: &v1::AgentStatus) -> Value {
         "survivors": status.survivors.iter().map(survivor_json).collect::<Vec<_>>(),
         "sessions": status.sessions.iter().map(session_json).collect::<Vec<_>>(),
         "last_errors": status.last_errors,
+        "certificate": status.certificate.as_ref().map(|certificate| json!({
+            "identity": certificate.identity,
+            "expire_time": certificate.expire_time.as_ref().map(shown_time),
+            "renew_time": certificate.renew_time.as_ref().map(shown_time),
+            "trouble": certificate.trouble,
+        })),
     })
 }
 

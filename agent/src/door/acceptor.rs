@@ -3,6 +3,8 @@
 //! A peer that is silent, slow or speaks something else is gone within seconds, whatever it holds of the handshake; only
 //! connections that have begun HTTP/2 are handed on. What they may call is decided by [`super::identity`].
 
+mod reasons;
+
 use std::{
     collections::HashMap,
     fmt,
@@ -24,16 +26,18 @@ use tokio::{
     io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, ReadBuf},
     net::{TcpListener, TcpStream, UnixListener, UnixStream},
     sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch},
-    time::{sleep, timeout},
+    time::{Instant, sleep, timeout},
 };
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic::transport::server::Connected;
 use tracing::{debug, info, warn};
 
+use self::reasons::GreetError;
 use super::{
     admission::{Admission, Admitted},
     identity::Caller,
+    refusals::Refusals,
 };
 
 /// What a client of HTTP/2 sends before anything else.
@@ -166,46 +170,6 @@ impl Connected for Connection {
     }
 }
 
-/// Why a peer was sent away. Only the agent's log says it; the peer learns what TLS tells it.
-#[derive(Debug, thiserror::Error)]
-enum GreetError {
-    #[error("the handshake was not finished within {} s", limits::HANDSHAKE_MAX.as_secs())]
-    TooSlow,
-    #[error("the TLS handshake failed: {}", handshake_reason(source))]
-    Tls {
-        #[source]
-        source: io::Error,
-    },
-    #[error("the certificate is not taken any more: {}", tls::reason(source))]
-    NotTaken {
-        #[source]
-        source: rustls::Error,
-    },
-    #[error("the certificate names nobody: {source}")]
-    Identity {
-        #[source]
-        source: tls::IdentityError,
-    },
-    #[error("the connection broke")]
-    Broken(#[source] io::Error),
-    #[error("the peer went away without a word")]
-    Gone,
-    #[error("the peer does not speak HTTP/2")]
-    NotHttp2,
-    #[error("the kernel does not say who the peer is")]
-    NoCredentials(#[source] io::Error),
-}
-
-/// Why a handshake failed, as seen from this end.
-fn handshake_reason(error: &io::Error) -> String {
-    match error.get_ref().and_then(|carried| carried.downcast_ref()) {
-        Some(rustls::Error::AlertReceived(alert)) => {
-            format!("the peer does not take this agent's certificate (alert {alert:?})")
-        }
-        _ => tls::reason(error),
-    }
-}
-
 /// The places that connections take.
 #[derive(Debug)]
 pub(crate) struct Places {
@@ -215,6 +179,10 @@ pub(crate) struct Places {
     /// Those that have not finished their handshake.
     greeting: Arc<Semaphore>,
     by_address: Mutex<HashMap<IpAddr, AddressUse>>,
+    /// Which of those that were sent away the log tells.
+    refusals: Mutex<Refusals>,
+    /// When the first could come.
+    since: Instant,
 }
 
 #[derive(Debug, Default, Clone, Copy)]
@@ -239,6 +207,8 @@ impl Places {
             taken: watch::Sender::new(0),
             greeting: Arc::new(Semaphore::new(limits::HANDSHAKES_COUNT_MAX)),
             by_address: Mutex::default(),
+            refusals: Mutex::default(),
+            since: Instant::now(),
         })
     }
 
@@ -267,6 +237,16 @@ impl Places {
         }
         self.taken.send_modify(|count| *count += 1);
         Ok(Place { places: Arc::clone(self), address, greeting: Some(greeting), _one: one })
+    }
+
+    /// Writes down that somebody was sent away, unless that happens too often.
+    fn tell(&self, address: Option<IpAddr>, peer: &str, claims: Option<String>, error: &GreetError) {
+        let told =
+            self.refusals.lock().unwrap_or_else(PoisonError::into_inner).note(address, self.since.elapsed());
+        if let Some(left_out) = told {
+            let claims = claims.as_deref().unwrap_or("nothing");
+            info!(%peer, %claims, reason = %error, next = error.next_step(), left_out, "peer sent away");
+        }
     }
 
     fn give_back(&self, address: IpAddr, change: impl FnOnce(&mut AddressUse)) {
@@ -375,12 +355,13 @@ impl Acceptor {
             Listener::Tls(_, admission) => Some(Arc::clone(admission)),
             Listener::Loopback(_) | Listener::Unix(_) => None,
         };
-        let (accepted, stop) = (self.accepted.clone(), self.stop.clone());
+        let (places, accepted, stop) = (Arc::clone(&self.places), self.accepted.clone(), self.stop.clone());
         tokio::spawn(async move {
             let greeted = tokio::select! {
                 () = stop.cancelled() => return,
-                greeted = timeout(limits::HANDSHAKE_MAX, greet(socket, tls, place)) => greeted,
+                greeted = tls::with_presented(timeout(limits::HANDSHAKE_MAX, greet(socket, tls, place))) => greeted,
             };
+            let (greeted, claims) = greeted;
             match greeted.unwrap_or(Err(GreetError::TooSlow)) {
                 Ok(connection) => {
                     debug!(%peer, caller = %connection.caller, "connected");
@@ -389,7 +370,7 @@ impl Acceptor {
                 }
                 // What looks whether a port is open does this all day.
                 Err(GreetError::Gone) => debug!(%peer, "peer went away without a word"),
-                Err(error) => info!(%peer, reason = %error, "peer sent away"),
+                Err(error) => places.tell(address, &peer, claims, &error),
             }
         });
     }

@@ -21,6 +21,7 @@ use super::{
     SERVED, Shared, Supervisors,
     acceptor::{self, Connection, Listener, Places},
     identity::{self, Caller},
+    renewing::CertificateNote,
     service::Service,
     shares::Starts,
     status::{self, LastErrors},
@@ -122,6 +123,12 @@ pub struct Door {
 }
 
 impl Door {
+    /// Where the status finds what is known of the agent's own certificate.
+    #[must_use]
+    pub fn certificate(&self) -> Arc<CertificateNote> {
+        Arc::clone(&self.shared.certificate)
+    }
+
     /// Prepares everything but listening: takes the state directory, finds what an earlier agent has left.
     ///
     /// # Errors
@@ -175,6 +182,7 @@ impl Door {
             deadline_changed: Notify::new(),
             askings: Mutex::default(),
             starts: Starts::default(),
+            certificate: Arc::default(),
             next_ticket: AtomicU64::new(1),
             supervised: Mutex::default(),
             notices: notices_in,

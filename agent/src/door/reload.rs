@@ -63,7 +63,7 @@ fn load(paths: &TlsPaths, admission: &Admission) {
 }
 
 /// Watches the directories and not the files: a file that is replaced by renaming is another file.
-fn watch_directories(paths: &TlsPaths) -> io::Result<AsyncFd<OwnedFd>> {
+pub(super) fn watch_directories(paths: &TlsPaths) -> io::Result<AsyncFd<OwnedFd>> {
     let watch = inotify::init(CreateFlags::NONBLOCK | CreateFlags::CLOEXEC)?;
     let directory = |path: &PathBuf| path.parent().unwrap_or(Path::new("/")).to_owned();
     let files = [&paths.certificate, &paths.key, &paths.authority].into_iter();
@@ -82,7 +82,7 @@ fn registered(watch: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
 }
 
 /// Waits until something has changed, and takes all that is known of it: what it was does not matter.
-async fn next_change(watch: &mut Option<AsyncFd<OwnedFd>>) -> io::Result<()> {
+pub(super) async fn next_change(watch: &mut Option<AsyncFd<OwnedFd>>) -> io::Result<()> {
     let Some(watch) = watch else { return std::future::pending().await };
     loop {
         let mut ready = watch.readable().await?;

@@ -132,6 +132,7 @@ impl Shared {
             last_errors: self.last_errors.lines(),
             drain: self.sessions().draining().map(upkeep::drain_status),
             survivors: self.survivors().iter().map(Survivor::status).collect(),
+            certificate: self.certificate.status(),
         }
     }
 

@@ -121,11 +121,19 @@ impl Identity {
     }
 }
 
+/// From when and until when a certificate is valid, since 1970; none when it cannot be read.
+#[must_use]
+pub fn life(certificate: &CertificateDer<'_>) -> Option<(Duration, Duration)> {
+    let (_, parsed) = X509Certificate::from_der(certificate).ok()?;
+    let since_1970 = |at: i64| u64::try_from(at).ok().map(Duration::from_secs);
+    let validity = parsed.validity();
+    Some((since_1970(validity.not_before.timestamp())?, since_1970(validity.not_after.timestamp())?))
+}
+
 /// Until when a certificate is valid, since 1970; none when it cannot be read.
 #[must_use]
 pub fn valid_until(certificate: &CertificateDer<'_>) -> Option<Duration> {
-    let (_, parsed) = X509Certificate::from_der(certificate).ok()?;
-    u64::try_from(parsed.validity().not_after.timestamp()).ok().map(Duration::from_secs)
+    life(certificate).map(|(_, until)| until)
 }
 
 impl FromStr for Identity {

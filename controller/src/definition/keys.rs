@@ -43,7 +43,7 @@ pub(super) const BUILT_IN: [BuiltIn; 6] = [
         name: "tls",
         address: Some("host"),
         is_told_by_keys: false,
-        keys: &["host", "port", "authority", "certificate", "key", "server_name"],
+        keys: &["host", "port", "authority", "certificate", "key", "revocations", "server_name"],
     },
     BuiltIn { name: "unix", address: Some("path"), is_told_by_keys: false, keys: &["path"] },
 ];

@@ -133,7 +133,7 @@ fn names_are_checked_and_stand_once() {
 fn unknown_words_name_the_nearest() {
     check(
         "streams:\n  a: {type: tls, hots: x}\n",
-        expect!["lab.yaml:2:18: stream `a` has the unknown key `hots`: did you mean `host`? (there are `host`, `port`, `authority`, `certificate`, `key`, `server_name`, `type`, `env`, `cwd`, `user`, `timeout`, `wrap`, `limits`, `on_failure`, `exclusive`, `wait`)"],
+        expect!["lab.yaml:2:18: stream `a` has the unknown key `hots`: did you mean `host`? (there are `host`, `port`, `authority`, `certificate`, `key`, `revocations`, `server_name`, `type`, `env`, `cwd`, `user`, `timeout`, `wrap`, `limits`, `on_failure`, `exclusive`, `wait`)"],
     );
     check(
         "streams:\n  a: {type: local, zebra: x}\n",
@@ -141,7 +141,7 @@ fn unknown_words_name_the_nearest() {
     );
     check(
         "streams:\n  a: tls://x?prot=1\n",
-        expect!["lab.yaml:2:6: stream `a` has the unknown key `prot`: did you mean `port`? (there are `host`, `port`, `authority`, `certificate`, `key`, `server_name`, `type`, `env`, `cwd`, `user`, `timeout`, `wrap`, `limits`, `on_failure`, `exclusive`, `wait`)"],
+        expect!["lab.yaml:2:6: stream `a` has the unknown key `prot`: did you mean `port`? (there are `host`, `port`, `authority`, `certificate`, `key`, `revocations`, `server_name`, `type`, `env`, `cwd`, `user`, `timeout`, `wrap`, `limits`, `on_failure`, `exclusive`, `wait`)"],
     );
     check(
         "streams:\n  a: {type: local, limits: {memry: 1}}\n",

@@ -1,8 +1,9 @@
 //! An agent on another host, through TCP with mutual TLS: `tls://foo.example.com:7433`.
 //!
 //! The certificate files come from the stream's definition (`authority`, `certificate`, `key`), else from the environment
-//! (`MILLSTREAM_CA`, `MILLSTREAM_CERT`, `MILLSTREAM_KEY`), else from `~/.config/millstream/`. They are read anew for each
-//! connection, so that a renewed certificate is used without a restart.
+//! (`MILLSTREAM_CA`, `MILLSTREAM_CERT`, `MILLSTREAM_KEY`), else from `~/.config/millstream/`. So does the list of certificates
+//! that the authority has revoked (`revocations`, `MILLSTREAM_REVOCATIONS`), which need not be there. They are read anew for
+//! each connection, so that a renewed certificate is used, and a revoked agent refused, without a restart.
 
 use std::{env, io, path::PathBuf, time::Duration};
 
@@ -19,7 +20,7 @@ const PORT: u16 = 7433;
 /// is being sent to it.
 const USER_TIMEOUT: Duration = Duration::from_secs(10);
 
-const OPTIONS: [&str; 6] = ["host", "port", "authority", "certificate", "key", "server_name"];
+const OPTIONS: [&str; 7] = ["host", "port", "authority", "certificate", "key", "revocations", "server_name"];
 
 /// A host and port, and what is needed to trust each other.
 #[derive(Debug)]
@@ -54,7 +55,7 @@ impl Tls {
             certificate: file(option("certificate"), "MILLSTREAM_CERT", "cert.pem"),
             key: file(option("key"), "MILLSTREAM_KEY", "key.pem"),
             authority: file(option("authority"), "MILLSTREAM_CA", "ca.pem"),
-            revocations: None,
+            revocations: revocations(option("revocations")),
         };
         Ok(Self { host, port, server_name, paths })
     }
@@ -134,6 +135,14 @@ fn file(option: Option<String>, variable: &str, usual: &str) -> PathBuf {
             || PathBuf::from(env::var_os("HOME").unwrap_or_else(|| "/root".into())).join(".config"),
         );
     configuration.join("millstream").join(usual)
+}
+
+/// The list of revoked certificates: where the definition or the environment says, else in its usual place if it is there.
+fn revocations(option: Option<String>) -> Option<PathBuf> {
+    const VARIABLE: &str = "MILLSTREAM_REVOCATIONS";
+    let named = option.is_some() || env::var_os(VARIABLE).is_some_and(|path| !path.is_empty());
+    let path = file(option, VARIABLE, "revoked.pem");
+    (named || path.exists()).then_some(path)
 }
 
 /// `host`, `host:port`, `[v6]`, `[v6]:port` or a bare IPv6 address.

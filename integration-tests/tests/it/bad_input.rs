@@ -70,7 +70,7 @@ fn bad_yaml_is_refused_with_its_place() {
     check_definition(
         "streams:\n  x: {type: tls, hots: foo}\n",
         &expect![
-            "DIR/lab.yaml:2:18: stream `x` has the unknown key `hots`: did you mean `host`? (there are `host`, `port`, `authority`, `certificate`, `key`, `server_name`, `type`, `env`, `cwd`, `user`, `timeout`, `wrap`, `limits`, `on_failure`, `exclusive`, `wait`)"
+            "DIR/lab.yaml:2:18: stream `x` has the unknown key `hots`: did you mean `host`? (there are `host`, `port`, `authority`, `certificate`, `key`, `revocations`, `server_name`, `type`, `env`, `cwd`, `user`, `timeout`, `wrap`, `limits`, `on_failure`, `exclusive`, `wait`)"
         ],
     );
 }

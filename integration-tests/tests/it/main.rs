@@ -9,6 +9,7 @@ mod access;
 mod avocado;
 mod bad_input;
 mod barriers;
+mod certificates;
 mod commands;
 mod conformance;
 mod containers;
