@@ -335,14 +335,7 @@ pub(crate) fn main(arguments: Vec<OsString>) -> ExitCode {
         say("a supervisor is started with the directory of its session");
         return ExitCode::FAILURE;
     };
-    tracing_subscriber::fmt()
-        .with_env_filter(
-            tracing_subscriber::EnvFilter::try_from_env("MILLSTREAM_LOG")
-                .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info")),
-        )
-        .with_writer(io::stderr)
-        .with_ansi(false)
-        .init();
+    crate::cli::log_to_standard_error("info");
     match serve(&directory) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
