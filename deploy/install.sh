@@ -13,6 +13,7 @@ DESTDIR=${DESTDIR:-}
 here=$(cd "$(dirname "$0")" && pwd)
 program=$DESTDIR$PREFIX/bin/millstream-agent
 units=$DESTDIR/etc/systemd/system
+temporary=$DESTDIR/etc/tmpfiles.d/millstream.conf
 configuration=$DESTDIR/etc/millstream/agent.yaml
 
 complain() { echo "install.sh: $*" >&2; exit 1; }
@@ -33,7 +34,7 @@ uninstall() {
     systemctl disable --quiet --now millstream-agent.service 2>/dev/null || true
     systemctl stop millstream-blocks.service 2>/dev/null || true
   fi
-  rm -f "$program" "$units/millstream-agent.service" "$units/millstream-blocks.service"
+  rm -f "$program" "$units/millstream-agent.service" "$units/millstream-blocks.service" "$temporary"
   rm -f "$DESTDIR$PREFIX"/share/man/man1/millstream-agent*.1 \
     "$DESTDIR$PREFIX/share/bash-completion/completions/millstream-agent" \
     "$DESTDIR$PREFIX/share/zsh/site-functions/_millstream-agent" \
@@ -44,7 +45,7 @@ uninstall() {
 }
 
 install() {
-  for file in millstream-agent agent.yaml systemd/millstream-agent.service systemd/millstream-blocks.service; do
+  for file in millstream-agent agent.yaml systemd/millstream-agent.service systemd/millstream-blocks.service systemd/millstream.tmpfiles; do
     [ -f "$here/$file" ] || complain "no \`$file\` in $here: run this script where the whole archive is unpacked"
   done
   version=$("$here/millstream-agent" --version) ||
@@ -55,6 +56,7 @@ install() {
     put 644 "$here/.$unit.service" "$units/$unit.service"
     rm "$here/.$unit.service"
   done
+  put 644 "$here/systemd/millstream.tmpfiles" "$temporary"
   for page in "$here"/man/*.1; do put 644 "$page" "$DESTDIR$PREFIX/share/man/man1/${page##*/}"; done
   put 644 "$here/completions/millstream-agent" "$DESTDIR$PREFIX/share/bash-completion/completions/millstream-agent"
   put 644 "$here/completions/_millstream-agent" "$DESTDIR$PREFIX/share/zsh/site-functions/_millstream-agent"
@@ -68,8 +70,11 @@ install() {
     put 644 "$here/agent.yaml" "$configuration"
   fi
   echo "installed $program: $version"
+  [ -n "$DESTDIR" ] || groupadd --force --system millstream ||
+    complain "the group millstream cannot be made: make it, and run this again"
   if has_systemd; then
     systemctl daemon-reload
+    systemd-tmpfiles --create "$temporary"
     systemctl try-restart millstream-agent.service || complain "the agent did not come back: see \`journalctl -u millstream-agent\`"
     systemctl is-active --quiet millstream-agent.service ||
       echo "next: put ca.pem, revoked.pem, agent.pem and agent.key into /etc/millstream, then: systemctl enable --now millstream-agent"

@@ -1,7 +1,7 @@
 //! The way from a command of a person to an agent: its Unix socket, TLS with a certificate, or loopback without.
 
 use std::{
-    fs,
+    fs, io,
     net::{IpAddr, SocketAddr},
     path::PathBuf,
 };
@@ -51,8 +51,25 @@ pub(super) enum DialError {
     Option { option: &'static str },
     #[error(transparent)]
     Tls(#[from] TlsError),
+    #[error("{source}; be root, or a member of the group that its directory belongs to")]
+    NotLetIn {
+        #[source]
+        source: ConnectError,
+    },
     #[error(transparent)]
-    Connect(#[from] ConnectError),
+    Connect(ConnectError),
+}
+
+impl From<ConnectError> for DialError {
+    fn from(source: ConnectError) -> Self {
+        match &source {
+            // Of all that is dialled only a Unix socket asks who is there before it lets anybody in.
+            ConnectError::Dial { source: told } if told.kind() == io::ErrorKind::PermissionDenied => {
+                Self::NotLetIn { source }
+            }
+            _ => Self::Connect(source),
+        }
+    }
 }
 
 impl Dialling {

@@ -5,7 +5,11 @@ mod document;
 mod script;
 mod tasks;
 
-use std::path::Path;
+use std::{
+    collections::BTreeMap,
+    path::Path,
+    sync::{Arc, Mutex, PoisonError},
+};
 
 use millstream_integration_tests::{authority::Certificate, lab::Lab, machine::Machine, package::Package};
 
@@ -16,8 +20,13 @@ fn boot(lab: &Lab, name: &str) -> Machine {
     Machine::boot(lab.host(name), &directory, &[])
 }
 
-fn package(lab: &Lab, version: &str) -> Package {
-    Package::make(version, &lab.directory().join("packages"))
+/// The package of a version; made once for all tests.
+fn package(version: &str) -> Arc<Package> {
+    static MADE: Mutex<BTreeMap<String, Arc<Package>>> = Mutex::new(BTreeMap::new());
+    let directory = Path::new(env!("CARGO_TARGET_TMPDIR")).join("packages");
+    let make = || Arc::new(Package::make(version, &directory));
+    let mut made = MADE.lock().unwrap_or_else(PoisonError::into_inner);
+    Arc::clone(made.entry(version.to_owned()).or_insert_with(make))
 }
 
 /// Puts an agent's certificate where the default configuration looks for it.

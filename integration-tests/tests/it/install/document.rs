@@ -2,7 +2,7 @@
 //! hosts in reach.
 //!
 //! Two programs are stood in for there, because building them again would take minutes and prove nothing about the document:
-//! `deploy/package` hands out the package that it has made before from the agent under test, and `cargo run --example` starts
+//! `deploy/package` hands out the package that it has made before from the static agent, and `cargo run --example` starts
 //! the example that was built with these tests.
 
 use std::{fs, os::unix::fs::PermissionsExt as _, path::Path};
@@ -39,8 +39,8 @@ fn write_program(path: &Path, text: &str) {
 }
 
 /// What an administrator has before the first command: a checkout, cargo, and ssh access as root to the hosts.
-fn prepare_administrator(lab: &Lab, administrator: &Machine, hosts: &[Machine]) {
-    administrator.bring(&package(lab, "0.1.0").debian, "/srv/made/millstream-agent_0.1.0_amd64.deb");
+fn prepare_administrator(administrator: &Machine, hosts: &[Machine]) {
+    administrator.bring(&package("0.1.0").debian, "/srv/made/millstream-agent_0.1.0_amd64.deb");
     write_program(
         &administrator.path("/root/checkout/deploy/package"),
         "#!/bin/sh\nmkdir -p target/debian && cp /srv/made/*.deb target/debian/\n",
@@ -86,7 +86,7 @@ fn three_hosts_are_installed_by_following_the_document() {
     };
     let administrator = boot(lab.controller());
     let hosts = HOSTS.map(|name| boot(lab.host(name)));
-    prepare_administrator(&lab, &administrator, &hosts);
+    prepare_administrator(&administrator, &hosts);
     let document = include_str!("../../../../deploy/README.md");
     let follow = |section: &str| {
         let run = |fence: String| administrator.run(&format!("cd /root/checkout\n{fence}"));

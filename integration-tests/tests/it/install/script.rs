@@ -6,8 +6,8 @@ use millstream_integration_tests::{lab::Lab, machine::Machine, tools};
 
 use super::{boot, bring_certificate, package};
 
-fn unpack(lab: &Lab, machine: &Machine, version: &str) {
-    machine.bring(&package(lab, version).archive, &format!("/srv/{version}.tar.gz"));
+fn unpack(machine: &Machine, version: &str) {
+    machine.bring(&package(version).archive, &format!("/srv/{version}.tar.gz"));
     machine.run(&format!("cd /srv && tar -xf {version}.tar.gz && mv millstream-agent-{version}-* {version}"));
 }
 
@@ -22,7 +22,7 @@ fn a_host_without_dpkg_is_installed_updated_and_freed_by_a_script() {
     let lab = Lab::new(&["one"]);
     let machine = boot(&lab, "one");
     for version in ["0.1.0", "0.2.0"] {
-        unpack(&lab, &machine, version);
+        unpack(&machine, version);
     }
     let told = machine.run("/srv/0.1.0/install.sh");
     assert!(told.contains("installed /usr/local/bin/millstream-agent: millstream-agent "), "{told}");
@@ -52,7 +52,7 @@ fn a_host_without_dpkg_is_installed_updated_and_freed_by_a_script() {
     let told = machine.run("/srv/0.2.0/install.sh --uninstall");
     assert!(told.contains("/etc/millstream stays"), "{told}");
     let left = machine
-        .run("pgrep -l millstream || true; find /usr/local /etc/systemd /var/lib /run -name '*millstream*'");
+        .run("pgrep -l millstream || true; find /usr/local /etc/systemd /etc/tmpfiles.d /var/lib /run -name '*millstream*'");
     assert_eq!(left, "");
     // Again, with nothing there.
     machine.run("/srv/0.2.0/install.sh --uninstall");

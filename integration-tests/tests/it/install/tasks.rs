@@ -4,7 +4,7 @@
 use std::path::Path;
 
 use millstream::{Ready, Result, Streams, exec, shell};
-use millstream_integration_tests::{lab::Lab, machine::Machine, wait::wait_until};
+use millstream_integration_tests::{lab::Lab, machine::Machine, tools, wait::wait_until};
 
 use super::{boot, bring_certificate, package};
 use crate::support::{SOON, Ticker, open};
@@ -21,6 +21,11 @@ impl Installed {
         let machine = boot(&lab, "one");
         let installed = Self { machine, lab };
         installed.install("0.1.0");
+        // It runs whatever the C library of a host is.
+        assert_eq!(
+            installed.machine.run("dpkg-query --show --showformat='${Depends}' millstream-agent"),
+            "adduser"
+        );
         let address = installed.lab.host("one").address().to_string();
         bring_certificate(&installed.machine, &installed.lab.authority().agent("one", &address));
         installed.machine.run("systemctl enable --quiet --now millstream-agent");
@@ -30,7 +35,7 @@ impl Installed {
     fn install(&self, version: &str) {
         let place = format!("/srv/{version}.deb");
         if !self.machine.path(&place).exists() {
-            self.machine.bring(&package(&self.lab, version).debian, &place);
+            self.machine.bring(&package(version).debian, &place);
         }
         self.machine.run(&format!("dpkg --install {place} 2>&1"));
         let installed = self.machine.run("dpkg-query --show --showformat='${Version}' millstream-agent");
@@ -172,4 +177,21 @@ fn removing_the_package_ends_what_runs_and_purging_it_leaves_only_certificates()
         ["agent.key", "agent.pem", "ca.pem", "revoked.pem"].map(|name| format!("/etc/millstream/{name}"))
     );
     assert!(!machine.output("command -v millstream-agent").status.success());
+}
+
+#[test]
+#[ignore = "needs root, systemd, openssh and cargo-deb: integration-tests/run"]
+fn on_an_installed_host_members_of_its_group_may_look() {
+    let installed = Installed::new();
+    let machine = &installed.machine;
+    machine.run("useradd --create-home tester");
+    let look =
+        || machine.output("setpriv --reuid tester --regid tester --init-groups millstream-agent status");
+    let refused = look();
+    assert!(!refused.status.success());
+    let told = tools::both(&refused);
+    assert!(told.contains("permission denied; be root, or a member of the group"), "{told}");
+    machine.run("usermod --append --groups millstream tester");
+    let told = look();
+    assert!(told.status.success(), "{}", tools::both(&told));
 }
