@@ -207,7 +207,7 @@ impl Streams {
     /// Number of defined streams.
     #[must_use]
     pub fn len(&self) -> usize {
-        self.core.shared.streams_count()
+        self.core.shared.lock().streams.len()
     }
 
     /// Whether no stream is defined.

@@ -1,4 +1,4 @@
-//! The package as administrators get it, made by `deploy/package` from the agent that these tests were built with.
+//! The package as administrators get it, made by `deploy/package` from the static agent with the profile of the tests.
 
 use std::{
     env,
@@ -30,7 +30,7 @@ impl Package {
         let mut command = Command::new(root.join("deploy/package"));
         command
             .args(["--fast", "--version", version, "--binary"])
-            .arg(tools::agent_program())
+            .arg(tools::static_agent_program())
             .arg("--output")
             .arg(directory)
             .env("PATH", env::join_paths(path).expect("no path has a colon"));

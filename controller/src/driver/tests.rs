@@ -20,7 +20,6 @@ use crate::{
 mod explaining;
 mod fake;
 mod payloads;
-mod retiring;
 
 use fake::{Fake, LEASE, PIECE};
 
