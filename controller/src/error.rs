@@ -100,3 +100,6 @@ impl fmt::Debug for Error {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -204,7 +204,7 @@ pub enum BlockError {
         path: PathBuf,
     },
     /// A file's name cannot be shipped.
-    #[error("`{}` cannot be shipped under its name", path.display())]
+    #[error("`{}` cannot be shipped under its name{}", path.display(), if source.is_none() { ": it is not UTF-8, rename it" } else { "" })]
     FileName {
         /// Its path.
         path: PathBuf,

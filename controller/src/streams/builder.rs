@@ -273,7 +273,7 @@ impl StreamsBuilder {
         let wait = self.wait.unwrap_or(limits::LINE_WAIT);
         let spans = [
             ("a wait in line", wait, Duration::ZERO, limits::WAIT_MAX),
-            ("a deadline", self.deadline, Duration::from_millis(1), limits::WAIT_MAX),
+            ("a deadline", self.deadline, Duration::from_millis(100), limits::WAIT_MAX),
             ("a lease", self.lease, limits::LEASE_MIN, limits::LEASE_MAX),
         ];
         for (what, given, min, max) in spans {

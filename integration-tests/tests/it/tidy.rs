@@ -1,8 +1,9 @@
 //! Rules of the house that no compiler checks: purity of rooms, file headers, no sleeping tests, honest documents, a
-//! documented protocol, allowed dependencies. Reads the sources; runs nothing of them.
+//! documented protocol, errors that tests have seen, allowed dependencies. Reads the sources; runs nothing of them.
 
 mod dependencies;
 mod documents;
+mod errors;
 mod protocol;
 mod sources;
 
