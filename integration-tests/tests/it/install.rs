@@ -2,6 +2,7 @@
 //! their own, by the words of deploy/README.md; and what becomes of tasks while the agent below them is replaced.
 
 mod document;
+mod image;
 mod script;
 mod tasks;
 
