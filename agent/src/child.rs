@@ -117,6 +117,7 @@ async fn serve(directory: &Path, relaunch: Relaunch) -> Result<(), ChildError> {
         supervisors: Supervisors::Inside,
         blobs_bytes_max: limits::BLOBS_BYTES_MAX,
         bounds: Bounds::default(),
+        audit: None,
     };
     let door = Door::open(config, World::system()).await?;
     let ending = door.ending();

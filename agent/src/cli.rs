@@ -16,7 +16,7 @@ use std::{
 };
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use millstream_common::{clock::World, limits, protocol, text::spoken, tls::Role};
+use millstream_common::{clock::World, protocol, text::spoken, tls::Role};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
@@ -326,12 +326,14 @@ async fn serve(config: Config, idle: Option<Duration>, relaunch: Relaunch) -> Re
         relaunch,
         base_environment: if idle.is_some() { child::whole_environment() } else { base_environment() },
         supervisors: Supervisors::Processes,
-        blobs_bytes_max: limits::BLOBS_BYTES_MAX,
+        blobs_bytes_max: config.shipped_files_bytes_max,
+        audit: config.audit.clone(),
         bounds: config.bounds.clone(),
     };
     // First the state: an agent that may not use it must not take the socket of the one that does.
     let door = Door::open(door_config, World::system()).await?;
     let listeners = config.bind(tls.as_ref()).await?;
+    let scraped = config.bind_metrics().await?;
     let shutdown = CancellationToken::new();
     end_on_signals(&shutdown)?;
     if let Some(idle) = idle {
@@ -356,6 +358,12 @@ async fn serve(config: Config, idle: Option<Duration>, relaunch: Relaunch) -> Re
         info!(address = %listen.value, tls = tls.is_some(), "listening");
     }
     info!(socket = %config.unix_socket.value.display(), state = %config.state_directory.display(), version = protocol::VERSION, "listening");
+    if let Some(listener) = scraped {
+        tokio::spawn(door.metrics().serve(listener, shutdown.clone()));
+    }
+    if let Some(metrics) = &config.metrics {
+        info!(address = %metrics.value, "numbers are served");
+    }
     tell_init_system("READY=1");
     let served = door.serve(listeners, drop, shutdown).await;
     tell_init_system("STOPPING=1");

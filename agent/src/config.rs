@@ -11,6 +11,7 @@ use std::{
 };
 
 use millstream_common::{
+    limits,
     text::nearest,
     tls::{ServerTls, TlsPaths},
     yaml::{self, Located, Mark, Value, YamlError},
@@ -18,7 +19,7 @@ use millstream_common::{
 use tokio::net::{TcpListener, UnixListener};
 
 use crate::{
-    door::{Admission, Listener},
+    door::{Admission, JOURNAL, Listener},
     session::Bounds,
 };
 
@@ -40,7 +41,8 @@ const FILE_BYTES_MAX: u64 = 1024 * 1024;
 /// Everybody on the host may connect: who is there is told by the kernel, and what each may do by the table of calls.
 const SOCKET_MODE: u32 = 0o666;
 
-const KEYS: &[&str] = &["limits", "listen", "state_directory", "tls", "unix_socket"];
+const KEYS: &[&str] =
+    &["audit", "limits", "listen", "metrics", "shipped_files_max", "state_directory", "tls", "unix_socket"];
 const TLS_KEYS: &[&str] = &["authority", "certificate", "key", "renew", "revocations"];
 /// Other words that are understood, and the ones that they stand for.
 const ALIASES: [(&str, &str); 1] = [("ca", "authority")];
@@ -86,6 +88,12 @@ pub struct Config {
     pub renew: Option<String>,
     /// How long leases may be, and how much one identity may have.
     pub bounds: Bounds,
+    /// Where audit records go: a file, or the socket of a journal. None: into the agent's own log.
+    pub audit: Option<PathBuf>,
+    /// Where numbers are served, if at all.
+    pub metrics: Option<Placed<SocketAddr>>,
+    /// Bytes that shipped files may take together.
+    pub shipped_files_bytes_max: u64,
 }
 
 impl Config {
@@ -118,6 +126,9 @@ impl Config {
                 "listen" => config.listen = reader.addresses(value)?,
                 "unix_socket" => config.unix_socket = reader.path("unix_socket", value)?,
                 "state_directory" => config.state_directory = reader.path("state_directory", value)?.value,
+                "audit" => config.audit = reader.audit(value)?,
+                "metrics" => config.metrics = reader.metrics(value)?,
+                "shipped_files_max" => config.shipped_files_bytes_max = reader.size(value)?,
                 _ => {
                     let (tls, renew) = reader.tls(value)?;
                     (config.tls, config.renew) = (Some(tls), renew);
@@ -140,6 +151,9 @@ impl Config {
             tls: None,
             renew: None,
             bounds: Bounds::default(),
+            audit: Some(PathBuf::from(JOURNAL)).filter(|journal| journal.exists()),
+            metrics: None,
+            shipped_files_bytes_max: limits::BLOBS_BYTES_MAX,
         }
     }
 
@@ -181,6 +195,17 @@ impl Config {
         }
         listeners.push(Listener::Unix(self.bind_unix().await?));
         Ok(listeners)
+    }
+
+    /// Binds the address of the numbers, if there is one.
+    ///
+    /// # Errors
+    /// When it cannot be bound.
+    pub async fn bind_metrics(&self) -> Result<Option<TcpListener>, ConfigError> {
+        let Some(Placed { value: address, place }) = &self.metrics else { return Ok(None) };
+        let bound = TcpListener::bind(address).await;
+        let failed = |source| ConfigError::Bind { place: place.clone(), address: *address, source };
+        bound.map(Some).map_err(failed)
     }
 
     async fn bind_unix(&self) -> Result<UnixListener, ConfigError> {
@@ -287,6 +312,33 @@ impl Reader<'_> {
         entries.into_iter().map(address).collect()
     }
 
+    fn audit(&self, located: Located) -> Result<Option<PathBuf>, ConfigError> {
+        match located.value {
+            // Only into the agent's own log.
+            Value::Null => Ok(None),
+            _ => Ok(Some(self.path("audit", located)?.value)),
+        }
+    }
+
+    fn metrics(&self, located: Located) -> Result<Option<Placed<SocketAddr>>, ConfigError> {
+        if let Value::Null = located.value {
+            return Ok(None);
+        }
+        let wanted = "an address and a port, such as 127.0.0.1:9433";
+        let Placed { value: text, place } = self.text("metrics", located, wanted)?;
+        match text.parse() {
+            Ok(value) => Ok(Some(Placed { value, place })),
+            Err(_) => Err(ConfigError::Value { place, key: "metrics", wanted }),
+        }
+    }
+
+    fn size(&self, located: Located) -> Result<u64, ConfigError> {
+        let wanted = "a number of bytes, or a size such as 500MiB or 32GiB";
+        let key = "shipped_files_max";
+        let Placed { value: text, place } = self.text(key, located, wanted)?;
+        size_in(&text).filter(|bytes| *bytes > 0).ok_or(ConfigError::Value { place, key, wanted })
+    }
+
     fn tls(&self, located: Located) -> Result<(Placed<TlsPaths>, Option<String>), ConfigError> {
         let place = self.place(located.mark);
         let mut renew = None;
@@ -315,6 +367,21 @@ impl Reader<'_> {
         };
         Ok((Placed { value, place }, renew))
     }
+}
+
+/// A number of bytes as people write it.
+fn size_in(text: &str) -> Option<u64> {
+    let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let (number, unit) = text.split_at(digits);
+    let shift = match unit.trim() {
+        "" | "B" => 0,
+        "KiB" => 10,
+        "MiB" => 20,
+        "GiB" => 30,
+        "TiB" => 40,
+        _ => return None,
+    };
+    number.parse::<u64>().ok()?.checked_mul(1 << shift)
 }
 
 #[cfg(test)]
@@ -362,6 +429,26 @@ mod tests {
     }
 
     #[test]
+    fn records_numbers_and_a_bound_for_shipped_files_are_told_in_a_line_each() {
+        let config = with("audit: /var/log/a.jsonl\nmetrics: 127.0.0.1:9433\nshipped_files_max: 500 MiB");
+        assert_eq!(config.audit.as_deref(), Some(Path::new("/var/log/a.jsonl")));
+        assert_eq!(config.metrics.unwrap().value.to_string(), "127.0.0.1:9433");
+        assert_eq!(config.shipped_files_bytes_max, 500 << 20);
+        assert_eq!((with("audit:").audit, with("").metrics), (None, None));
+        assert_eq!(with("shipped_files_max: 1024").shipped_files_bytes_max, 1_024);
+        check("audit: a.jsonl", &expect!["agent.yaml:1:8: `audit` must be an absolute path"]);
+        check(
+            "metrics: 9433",
+            &expect!["agent.yaml:1:10: `metrics` must be an address and a port, such as 127.0.0.1:9433"],
+        );
+        for wrong in ["many", "0", "10GB", "99999999999TiB", "-1"] {
+            let error =
+                Config::parse(Path::new("agent.yaml"), &format!("shipped_files_max: {wrong}")).unwrap_err();
+            assert!(error.to_string().ends_with("such as 500MiB or 32GiB"), "{error}");
+        }
+    }
+
+    #[test]
     fn an_open_address_without_tls_is_refused_with_its_line() {
         check(
             "state_directory: /tmp/s\nlisten:\n  - 127.0.0.1:7433\n  - 0.0.0.0:7433\n",
@@ -380,7 +467,7 @@ mod tests {
         check(
             "colour: red",
             &expect![
-                "agent.yaml:1:1: `colour` is no key of the configuration: there are limits, listen, state_directory, tls, unix_socket"
+                "agent.yaml:1:1: `colour` is no key of the configuration: there are audit, limits, listen, metrics, shipped_files_max, state_directory, tls, unix_socket"
             ],
         );
         check(

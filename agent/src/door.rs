@@ -8,6 +8,8 @@ pub mod acceptor;
 pub mod admission;
 mod finding;
 pub mod identity;
+mod ledger;
+mod metrics;
 mod opening;
 mod refusals;
 pub mod reload;
@@ -45,6 +47,7 @@ use tracing::{error, info, warn};
 pub(crate) use self::opening::{Ending, STATE_PATH_BYTES_MAX};
 use self::{
     acceptor::Places,
+    ledger::{Ledger, Page, SessionEnd},
     renewing::CertificateNote,
     shares::Starts,
     status::{DiskUse, LastErrors},
@@ -54,11 +57,13 @@ use self::{
 pub use self::{
     acceptor::{Connection, Listener},
     admission::Admission,
+    ledger::audit::{AuditError, JOURNAL},
+    metrics::Metrics,
     opening::{Door, DoorConfig, DoorError, base_environment},
     supervisors::{StartSupervisor, Starting, Supervisors},
 };
 use crate::{
-    session::{Action, Asking, Event, Key, OpenRefusal, Owner, Sessions, Ticket},
+    session::{Action, Asking, Event, Key, OpenRefusal, Owner, Sessions, Stage, Ticket},
     supervisor::cgroup::claim::Claim,
 };
 
@@ -81,6 +86,7 @@ pub(crate) struct Shared {
     pub(crate) state: PathBuf,
     pub(crate) store: Store,
     pub(crate) last_errors: LastErrors,
+    pub(crate) ledger: Arc<Ledger>,
     pub(crate) disk_use: Arc<DiskUse>,
     starter: Starter,
     sessions: Mutex<Sessions>,
@@ -94,7 +100,6 @@ pub(crate) struct Shared {
     certificate: Arc<CertificateNote>,
     supervised: Mutex<BTreeMap<SessionId, Arc<Slot>>>,
     notices: mpsc::Sender<(SessionId, Notice)>,
-    status_changed: watched::Sender<u64>,
     places: Arc<Places>,
     tracker: TaskTracker,
     /// This agent's control group, claimed for as long as it lives.
@@ -181,11 +186,11 @@ impl Shared {
 
     /// Wakes when something that operators see has changed.
     pub(crate) fn status_changes(&self) -> watched::Receiver<u64> {
-        self.status_changed.subscribe()
+        self.ledger.changes()
     }
 
     fn status_has_changed(&self) {
-        self.status_changed.send_modify(|version| *version += 1);
+        self.ledger.changed();
     }
 
     /// Feeds the machine of sessions and performs what it orders.
@@ -215,10 +220,14 @@ impl Shared {
         self.askings.lock().unwrap_or_else(PoisonError::into_inner).insert(ticket, answer);
         let guard = AskingGuard { shared: self, ticket };
         let (session_id, lease) = (asking.session_id, asking.lease);
+        let (owner, client) = (asking.owner.clone(), asking.client.clone());
         self.tell(Event::Asked { ticket, asking, wall_ns: self.world.clock.wall_ns() });
         let admitted = answered.await.map_err(|_| Status::unavailable("the agent is ending: try again"))?;
         drop(guard);
-        let admitted = admitted.map_err(|refusal| service::open_refused(&refusal))?;
+        let admitted = admitted.map_err(|refusal| {
+            self.ledger.session_refused(&owner, &client, &refusal);
+            service::open_refused(&refusal)
+        })?;
         // Begun things are finished even when the caller goes: otherwise a session would be open without a supervisor.
         let shared = Arc::clone(self);
         let starting = tokio::spawn(async move { shared.start(session_id, lease).await });
@@ -244,7 +253,8 @@ impl Shared {
                 directory.create().map_err(&failed)?;
                 self.keep(session_id, &directory).map_err(&failed)?;
                 info!(session = %session_id, "starting a supervisor");
-                self.starter.start(session_id, directory.clone(), lease, self.notices.clone()).await
+                let page = self.page(session_id);
+                self.starter.start(session_id, directory.clone(), lease, self.notices.clone(), page).await
             })
             .await;
         match started {
@@ -262,6 +272,15 @@ impl Shared {
                 Err(error)
             }
         }
+    }
+
+    /// What is put on record about a session that is known.
+    fn page(&self, session_id: SessionId) -> Page {
+        let sessions = self.sessions();
+        let (owner, client) = sessions
+            .get(session_id)
+            .map_or_else(Default::default, |session| (session.owner.to_string(), session.client.clone()));
+        self.ledger.page(session_id, owner, &client)
     }
 
     fn directory(&self, session_id: SessionId) -> SessionDirectory {
@@ -308,11 +327,19 @@ impl Shared {
     pub(crate) async fn close(self: &Arc<Self>, session_id: SessionId) -> Vec<String> {
         let shared = Arc::clone(self);
         let closing = tokio::spawn(async move {
+            let was_over = shared
+                .sessions()
+                .get(session_id)
+                .is_some_and(|session| matches!(session.stage, Stage::Expired | Stage::Settled));
             shared.tell(Event::Closing { session_id });
             let survivors = match shared.begun(session_id).await {
                 Some(supervised) => {
                     let told = supervised.close().await;
                     shared.look_behind(&supervised, told.clone()).await;
+                    // The end of one whose results have aged is on record already.
+                    if !was_over {
+                        supervised.page.ended(SessionEnd::Closed);
+                    }
                     told
                 }
                 None => Vec::new(),

@@ -8,6 +8,7 @@ use tracing::{debug, error, info, warn};
 
 use super::{
     Shared,
+    ledger::{Page, SessionEnd},
     supervisors::{self, Kept, Notice, SessionDirectory, Supervised},
 };
 use crate::{
@@ -80,7 +81,8 @@ impl Shared {
         };
         let directory = SessionDirectory::of(&self.state, session_id, kept.cgroup.clone());
         let rebooted = kept.boot_id != self.host.boot_id;
-        let attached = if rebooted { None } else { self.attach(session_id, &directory).await };
+        let page = self.ledger.page(session_id, &kept.owner, &kept.client);
+        let attached = if rebooted { None } else { self.attach(session_id, &directory, page.clone()).await };
         let found = |lease_left| found(session_id, &kept, lease_left);
         match attached {
             Some((supervised, lease_left)) => {
@@ -100,8 +102,9 @@ impl Shared {
                     warn!(session = %session_id, owner = %kept.owner, %reason, "session found without a supervisor");
                     directory.kill_everything().await;
                 }
-                let orphaned =
-                    tokio::task::spawn_blocking(move || Supervised::orphaned(session_id, directory, reason));
+                let orphaned = tokio::task::spawn_blocking(move || {
+                    Supervised::orphaned(session_id, directory, reason, page)
+                });
                 let Ok(supervised) = orphaned.await else { return };
                 self.tell(Event::Found(found(Duration::ZERO)));
                 self.fill(session_id, Arc::clone(&supervised));
@@ -129,6 +132,7 @@ impl Shared {
         &self,
         session_id: SessionId,
         directory: &SessionDirectory,
+        page: Page,
     ) -> Option<(Arc<Supervised>, Duration)> {
         let stream = supervisors::find_alive(directory).await?;
         let begun = Supervised::begin(
@@ -138,6 +142,7 @@ impl Shared {
             self.incarnation.clone(),
             self.notices.clone(),
             true,
+            page,
         );
         match begun.await {
             Ok(begun) => Some(begun),
@@ -159,6 +164,7 @@ impl Shared {
         match notice {
             Notice::LeaseExpired => {
                 info!(session = %session_id, "lease expired");
+                self.record_end(session_id, SessionEnd::Expired);
                 self.tell(Event::LeaseExpired { session_id });
             }
             Notice::Settled => {
@@ -168,6 +174,7 @@ impl Shared {
             Notice::Died => {
                 self.last_errors
                     .add(&*self.world.clock, &format!("the supervisor of session {session_id} is gone"));
+                self.record_end(session_id, SessionEnd::Lost);
                 self.tell(Event::SupervisorDied { session_id });
                 self.look_behind_later(session_id);
                 let now = self.world.clock.since_boot();
@@ -179,6 +186,12 @@ impl Shared {
                 self.look_behind_later(session_id);
                 self.status_has_changed();
             }
+        }
+    }
+
+    fn record_end(&self, session_id: SessionId, how: SessionEnd) {
+        if let Some(supervised) = self.supervised(session_id) {
+            supervised.page.ended(how);
         }
     }
 

@@ -6,6 +6,7 @@
 
 use std::{
     fmt,
+    sync::Arc,
     task::{Context, Poll},
 };
 
@@ -19,6 +20,7 @@ use tonic::{
 use tower::Layer;
 use tracing::warn;
 
+use super::ledger::Ledger;
 use crate::session::Owner;
 
 /// Who is at the other end of a connection.
@@ -144,6 +146,18 @@ fn next_step(caller: &str) -> &'static str {
     }
 }
 
+impl CallRefusal {
+    /// In one word, for counts and records.
+    pub(crate) fn word(&self) -> &'static str {
+        match self {
+            Self::NoSuchCall => "no_such_call",
+            Self::Unknown => "unknown",
+            Self::Role { .. } => "role",
+            Self::Keeper { .. } => "keeper",
+        }
+    }
+}
+
 impl From<CallRefusal> for Status {
     fn from(refusal: CallRefusal) -> Self {
         let message = refusal.to_string();
@@ -176,14 +190,23 @@ pub(crate) fn caller_of<T>(request: &Request<T>) -> Result<Caller, Status> {
 }
 
 /// Puts the table in front of every service of a server.
-#[derive(Debug, Clone, Copy, Default)]
-pub(crate) struct AuthoriseLayer;
+#[derive(Debug, Clone)]
+pub(crate) struct AuthoriseLayer {
+    ledger: Arc<Ledger>,
+}
+
+impl AuthoriseLayer {
+    /// Refusals are put on record there.
+    pub(crate) fn new(ledger: Arc<Ledger>) -> Self {
+        Self { ledger }
+    }
+}
 
 impl<S> Layer<S> for AuthoriseLayer {
     type Service = Authorise<S>;
 
     fn layer(&self, inner: S) -> Authorise<S> {
-        Authorise { inner }
+        Authorise { inner, ledger: Arc::clone(&self.ledger) }
     }
 }
 
@@ -191,6 +214,7 @@ impl<S> Layer<S> for AuthoriseLayer {
 #[derive(Debug, Clone)]
 pub(crate) struct Authorise<S> {
     inner: S,
+    ledger: Arc<Ledger>,
 }
 
 impl<S> Service<http::Request<Body>> for Authorise<S>
@@ -216,6 +240,7 @@ where
                 let path = millstream_common::text::printable(request.uri().path().as_bytes(), 128);
                 let who = caller.map_or_else(|| "unknown".to_owned(), ToString::to_string);
                 warn!(call = %path, caller = %who, %refusal, "call refused");
+                self.ledger.call_refused(&who, &path, &refusal);
                 Box::pin(async move { Ok(Status::from(refusal).into_http()) })
             }
         }

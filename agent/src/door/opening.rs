@@ -11,7 +11,7 @@ use std::{
 use millstream_common::{clock::World, id::SessionId, limits, pipe, protocol, text::printable};
 use millstream_proto::v1::{self, agent_service_server::AgentServiceServer};
 use rustix::fs::FlockOperation;
-use tokio::sync::{Notify, mpsc, watch as watched};
+use tokio::sync::{Notify, mpsc};
 use tokio_stream::{StreamExt as _, wrappers::ReceiverStream};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic_health::ServingStatus;
@@ -21,6 +21,11 @@ use super::{
     SERVED, Shared, Supervisors,
     acceptor::{self, Connection, Listener, Places},
     identity::{self, Caller},
+    ledger::{
+        Ledger,
+        audit::{Audit, AuditError},
+    },
+    metrics::Metrics,
     renewing::CertificateNote,
     service::Service,
     shares::Starts,
@@ -62,6 +67,8 @@ pub struct DoorConfig {
     pub blobs_bytes_max: u64,
     /// How long leases may be, and how much one identity may have.
     pub bounds: Bounds,
+    /// Where audit records go: a file, or the socket of a journal. None: into the agent's own log.
+    pub audit: Option<PathBuf>,
 }
 
 /// Why the door does not open.
@@ -97,6 +104,9 @@ pub enum DoorError {
         #[source]
         source: BlobError,
     },
+    /// Who runs what here cannot be put on record.
+    #[error(transparent)]
+    Audit(#[from] AuditError),
     /// Another agent uses it.
     #[error("the state directory is in use by the agent with process {pid} (lock `{}`): stop that agent, or set `state_directory` to another", path.display())]
     InUse {
@@ -140,6 +150,7 @@ impl Door {
         let state_error = |source| DoorError::State { path: config.state.clone(), source };
         status::prepare_state(&config.state).map_err(state_error)?;
         let lock = lock_state(&config.state)?;
+        let audit = Audit::open(config.audit.as_deref())?;
         let sessions = supervisors::sessions_directory(&config.state);
         let store = Store::open(config.state.join("blobs"), sessions, config.blobs_bytes_max, world.clone())
             .map_err(|source| DoorError::Blobs { source })?;
@@ -161,11 +172,12 @@ impl Door {
             incarnation: incarnation.clone(),
             supervisors: config.supervisors,
         };
+        let (host, clock) = (host::facts(), Arc::clone(&world.clock));
         let shared = Arc::new(Shared {
             started: world.clock.since_boot(),
             world,
             incarnation,
-            host: host::facts(),
+            host: host.clone(),
             capabilities: v1::Capabilities {
                 containment: if cgroup.is_some() { "cgroup-v2" } else { "subreaper" }.to_owned(),
                 limits: limits_word(hierarchies.limits_source()).to_owned(),
@@ -175,6 +187,7 @@ impl Door {
             state: config.state,
             store,
             last_errors: LastErrors::default(),
+            ledger: Ledger::new(audit, host.hostname.clone(), clock),
             disk_use: Arc::default(),
             starter,
             sessions: Mutex::new(Sessions::within(config.bounds)),
@@ -186,7 +199,6 @@ impl Door {
             next_ticket: AtomicU64::new(1),
             supervised: Mutex::default(),
             notices: notices_in,
-            status_changed: watched::Sender::new(0),
             places: Places::new(),
             tracker: TaskTracker::new(),
             _claim: claim,
@@ -226,7 +238,7 @@ impl Door {
         let (health, health_service) = tonic_health::server::health_reporter();
         let (reflection, reflection_alpha) = reflection().map_err(DoorError::Reflection)?;
         let serving = pipe::server()
-            .layer(identity::AuthoriseLayer)
+            .layer(identity::AuthoriseLayer::new(Arc::clone(&shared.ledger)))
             .add_service(service)
             .add_service(health_service)
             .add_service(reflection)
@@ -248,7 +260,15 @@ impl Door {
             () = Arc::clone(&shared).tell_time() => Ok(()),
         };
         shared.leave_group();
+        // Records of what has just ended: nobody is left who would wait for them.
+        drop(tokio::task::spawn_blocking(move || shared.ledger.audit.flush(limits::CLOSE_MAX)).await);
         served
+    }
+
+    /// What scrapers are answered by, on a listener of its own.
+    #[must_use]
+    pub fn metrics(&self) -> Metrics {
+        Metrics { shared: Arc::clone(&self.shared) }
     }
 
     /// For an agent that ends when its one controller is gone, or when nobody uses it.

@@ -36,6 +36,7 @@ use self::relay::Relay;
 use super::{
     Shared,
     identity::{Caller, caller_of},
+    ledger::Accepted,
     supervisors::Supervised,
     survivors::Survivor,
     uploads::{self, ArchivePieces},
@@ -79,21 +80,19 @@ impl Service {
             }
             key_refused(&refusal)
         })?;
-        let client = session.client.clone();
         let lease = session.lease;
         drop(sessions);
         // A session without a supervisor is one that just begins; the opening call has not been answered yet.
         let supervised = self.shared.supervised(key.session_id);
         let supervised =
             supervised.ok_or_else(|| Status::unavailable("the session is not ready yet: try again"))?;
-        Ok(Held { key, client, lease, supervised })
+        Ok(Held { key, lease, supervised })
     }
 }
 
 /// A session that a call may touch.
 struct Held {
     key: Key,
-    client: String,
     lease: Duration,
     supervised: Arc<Supervised>,
 }
@@ -298,7 +297,9 @@ impl AgentService for Service {
         let wanted = request.lease_duration;
         let asking = asking_in(request, &caller, lease_max)?;
         let (session_id, lease) = (asking.session_id, asking.lease);
+        let exclusive = asking.exclusive;
         let opened = self.shared.open(asking).await?;
+        opened.supervised.page.opened(opened.resumed, exclusive);
         let known_tasks = if opened.resumed {
             let mirror = opened.supervised.mirror();
             let known = |(id, task): (TaskId, &Arc<super::supervisors::TaskView>)| v1::KnownTask {
@@ -417,13 +418,13 @@ impl AgentService for Service {
         let answer =
             reply.start.ok_or_else(|| Status::internal("the supervisor gave no answer to a start"))?;
         if answer.accepted_by_this_call {
-            // Who, what, where: one line for each task that was ever taken in.
-            info!(
-                target: "millstream::audit",
-                %task, session = %held.key.session_id, stream = %spec.stream, block = %spec.name,
-                program = %program_of(&spec), user = spec.user.as_deref().unwrap_or(""), owner = %caller,
-                client = %held.client, "task accepted"
-            );
+            held.supervised.page.task_accepted(&Accepted {
+                task: &task,
+                stream: &spec.stream.to_string(),
+                block: &spec.name.to_string(),
+                program: &program_of(&spec),
+                user: spec.user.as_deref().unwrap_or(""),
+            });
         }
         Ok(Response::new(answer))
     }

@@ -64,7 +64,7 @@ pub(crate) struct DiskUse(Mutex<Option<(Instant, v1::SpoolUse)>>);
 
 impl DiskUse {
     /// Measures, unless that was done a moment ago. Runs where it may block.
-    async fn measure(self: &Arc<Self>, shared: &Shared) -> v1::SpoolUse {
+    pub(super) async fn measure(self: &Arc<Self>, shared: &Shared) -> v1::SpoolUse {
         let now = shared.world.clock.now();
         if let Some((at, found)) = &*self.0.lock().unwrap_or_else(PoisonError::into_inner)
             && now.saturating_duration_since(*at) < USE_KEPT

@@ -23,7 +23,7 @@ use millstream_common::{
     outcome::Reason,
 };
 use millstream_proto::{
-    supervisor::v1::{RelayAttached, RelayFrames, Reply, door_frame},
+    supervisor::v1::{RelayAttached, RelayFrames, Reply, TaskChanged, door_frame},
     v1,
 };
 use tokio::{
@@ -38,11 +38,12 @@ pub use self::start::{StartSupervisor, Starting, Supervisors};
 pub(crate) use self::{
     alive::find_alive,
     directory::{Kept, SessionDirectory, sessions_directory, write_whole},
-    mirror::{Mirror, TaskView},
+    mirror::{Change, Mirror, TaskView},
     relayed::RelayBatch,
     start::{StartError, Starter},
 };
 use self::{driver::Driver, relayed::RelaySink};
+use super::ledger::Page;
 use crate::supervisor::wire::WireError;
 
 /// How long a supervisor may take to say hello, or to bind its socket.
@@ -112,6 +113,8 @@ pub(crate) struct Supervised {
     pub(crate) session_id: SessionId,
     /// Where everything of the session lies.
     pub(crate) directory: SessionDirectory,
+    /// What is put on record about it.
+    pub(crate) page: Page,
     outgoing: mpsc::Sender<Outgoing>,
     mirror: Mutex<Mirror>,
     /// Version of the mirror.
@@ -139,11 +142,13 @@ impl Supervised {
         incarnation: String,
         notices: mpsc::Sender<(SessionId, Notice)>,
         reconnects: bool,
+        page: Page,
     ) -> Result<(Arc<Self>, Duration), WireError> {
         let (outgoing, waiting) = mpsc::channel(limits::SUPERVISOR_FRAMES_COUNT_MAX);
         let supervised = Arc::new(Self {
             session_id,
             directory,
+            page,
             outgoing,
             mirror: Mutex::new(Mirror::new()),
             changed: watch::Sender::new(0),
@@ -159,11 +164,17 @@ impl Supervised {
 
     /// A session without a supervisor, of which only the records on disk are left: its lease is over, or it died with the host
     /// or while no agent was there.
-    pub(crate) fn orphaned(session_id: SessionId, directory: SessionDirectory, reason: Reason) -> Arc<Self> {
+    pub(crate) fn orphaned(
+        session_id: SessionId,
+        directory: SessionDirectory,
+        reason: Reason,
+        page: Page,
+    ) -> Arc<Self> {
         let (outgoing, _) = mpsc::channel(1);
         let supervised = Arc::new(Self {
             session_id,
             directory,
+            page,
             outgoing,
             mirror: Mutex::new(Mirror::new()),
             changed: watch::Sender::new(0),
@@ -172,7 +183,7 @@ impl Supervised {
             closed: OnceCell::new(),
         });
         for task in supervised.directory.recover_tasks(reason) {
-            supervised.mirror().update(task);
+            supervised.take_over(task);
         }
         supervised.mirror().supervisor_gone();
         supervised
@@ -182,6 +193,14 @@ impl Supervised {
     pub(crate) fn mirror(&self) -> MutexGuard<'_, Mirror> {
         // What panicked while it held the lock had only read, or had finished its change.
         self.mirror.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes over what is told of a task, and puts on record what that means.
+    fn take_over(&self, told: TaskChanged) {
+        // Our own supervisor has checked the number; anything else is not worth a word.
+        let Ok(task) = told.task_id.parse() else { return };
+        let change = self.mirror().update(task, told);
+        self.page.took_over(task, &change);
     }
 
     /// Wakes at each change of the mirror.

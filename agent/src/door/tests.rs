@@ -20,6 +20,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use tonic::{Code, transport::Channel};
 
+mod records;
 mod upkeep;
 
 use super::{Connection, Door, DoorConfig, DoorError, Shared, Supervisors, identity::Caller};
@@ -45,6 +46,7 @@ fn config(state: &Path, inside: bool) -> DoorConfig {
         supervisors: if inside { Supervisors::Inside } else { Supervisors::Processes },
         blobs_bytes_max: BLOBS_BYTES_MAX,
         bounds: Bounds::default(),
+        audit: None,
     }
 }
 
@@ -53,8 +55,15 @@ impl Agent {
         Self::start_in(World::system(), state, inside).await
     }
 
+    async fn start_configured(config: DoorConfig) -> Self {
+        Self::of(Door::open(config, World::system()).await.unwrap()).await
+    }
+
     async fn start_in(world: World, state: &Path, inside: bool) -> Self {
-        let door = Door::open(config(state, inside), world).await.unwrap();
+        Self::of(Door::open(config(state, inside), world).await.unwrap()).await
+    }
+
+    async fn of(door: Door) -> Self {
         let shared = Arc::clone(&door.shared);
         let shutdown = CancellationToken::new();
         let (give, connections) = oneshot::channel();

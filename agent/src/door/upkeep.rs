@@ -68,6 +68,7 @@ impl Shared {
         };
         self.keep_record(|record| record.drain = Some(drain.clone())).map_err(not_kept)?;
         info!(%caller, %drain, "draining");
+        self.ledger.drained(&drain);
         self.tell(Event::DrainBegan(drain));
         let going_on = self.sessions().iter().filter(|(id, _)| self.has_supervisor(*id)).count();
         Ok(u32::try_from(going_on).unwrap_or(u32::MAX))
@@ -79,6 +80,7 @@ impl Shared {
         let was_draining = self.sessions().draining().is_some();
         self.tell(Event::DrainEnded);
         info!(%caller, was_draining, "taking sessions");
+        self.ledger.undrained(caller);
         Ok(was_draining)
     }
 
@@ -92,6 +94,7 @@ impl Shared {
         let cleaning = tokio::spawn(async move { shared.clean_once().await });
         let left = cleaning.await.map_err(|error| Status::internal(error.to_string()))?;
         info!(%caller, force, left = left.len(), "cleaned");
+        self.ledger.cleaned(caller, force, left.len());
         if force {
             self.forget(|survivor| left.contains(survivor));
         }
@@ -160,6 +163,9 @@ impl Shared {
         error!(session = %session_id, survivors = ?lines, "not everything of a session could be removed");
         self.last_errors
             .add(&*self.world.clock, &format!("session {session_id} left behind: {}", lines.join(", ")));
+        for line in &lines {
+            supervised.page.left_behind(line);
+        }
         self.add_survivors(found);
     }
 

@@ -87,6 +87,7 @@ async fn serve(path: &Path, idle: Duration, relaunch: Relaunch) -> Result<(), Se
         supervisors: Supervisors::Processes,
         blobs_bytes_max: limits::BLOBS_BYTES_MAX,
         bounds: Bounds::default(),
+        audit: None,
     };
     let door = Door::open(config, World::system()).await?;
     let ending = door.ending();

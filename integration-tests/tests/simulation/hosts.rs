@@ -123,6 +123,7 @@ impl Agent {
             supervisors: Supervisors::Elsewhere(starter),
             blobs_bytes_max: millstream_common::limits::BLOBS_BYTES_MAX,
             bounds: Bounds::default(),
+            audit: None,
         };
         let door = Door::open(config, self.world.clone()).await?;
         let listener = TcpListener::bind(("0.0.0.0", PORT)).await?;

@@ -103,9 +103,9 @@ impl Driver {
             let left = hello.lease_left.and_then(|left| Duration::try_from(left).ok());
             left.unwrap_or_default()
         };
-        {
-            let mut mirror = self.supervised.mirror();
-            mirror.hello(hello.pid, hello.lease_expired, hello.tasks);
+        self.supervised.mirror().hello(hello.pid, hello.lease_expired);
+        for task in hello.tasks {
+            self.supervised.take_over(task);
         }
         self.supervised.announce();
         self.tell_lease().await;
@@ -185,7 +185,7 @@ impl Driver {
                 }
             }
             Some(supervisor_frame::Frame::Task(task)) => {
-                self.supervised.mirror().update(task);
+                self.supervised.take_over(task);
                 self.supervised.announce();
                 self.tell_lease().await;
             }
@@ -206,14 +206,11 @@ impl Driver {
         if !answer.accepted_by_this_call {
             return;
         }
-        {
-            let mut mirror = self.supervised.mirror();
-            if task.task_id.parse().is_ok_and(|id| mirror.get(id).is_some()) {
-                return;
-            }
-            task.state = answer.state;
-            mirror.update(task);
+        if task.task_id.parse().is_ok_and(|id| self.supervised.mirror().get(id).is_some()) {
+            return;
         }
+        task.state = answer.state;
+        self.supervised.take_over(task);
         self.supervised.announce();
     }
 
@@ -302,9 +299,8 @@ impl Driver {
             let recovering =
                 tokio::task::spawn_blocking(move || directory.recover_tasks(Reason::SupervisorDied));
             let recovered = recovering.await.unwrap_or_default();
-            let mut mirror = supervised.mirror();
             for task in recovered {
-                mirror.update(task);
+                supervised.take_over(task);
             }
         }
         supervised.mirror().supervisor_gone();

@@ -49,6 +49,15 @@ impl TaskView {
     }
 }
 
+/// What was new in what was told of a task.
+#[derive(Debug, Default)]
+pub(crate) struct Change {
+    /// Bytes printed since it was told before.
+    pub(crate) logged_bytes: u64,
+    /// The task, when its terminal record has just come.
+    pub(crate) ended: Option<Arc<TaskView>>,
+}
+
 /// All tasks of one session that were not released.
 #[derive(Debug, Default)]
 pub(crate) struct Mirror {
@@ -131,12 +140,9 @@ impl Mirror {
         self.unfinished_count == 0
     }
 
-    pub(super) fn hello(&mut self, pid: u32, lease_expired: bool, tasks: Vec<TaskChanged>) {
+    pub(super) fn hello(&mut self, pid: u32, lease_expired: bool) {
         self.supervisor_pid = pid;
         self.lease_expired |= lease_expired;
-        for task in tasks {
-            self.update(task);
-        }
     }
 
     pub(super) fn lease_expired(&mut self) {
@@ -152,9 +158,7 @@ impl Mirror {
     }
 
     /// Takes over what is told of a task; what is unset has not changed. A record that is there is never replaced.
-    pub(super) fn update(&mut self, told: TaskChanged) {
-        // Our own supervisor has checked the number; anything else is not worth a word.
-        let Ok(id) = told.task_id.parse::<TaskId>() else { return };
+    pub(super) fn update(&mut self, id: TaskId, told: TaskChanged) -> Change {
         let known = self.tasks.contains_key(&id);
         if !known {
             self.received_count = self.received_count.saturating_add(1);
@@ -167,12 +171,15 @@ impl Mirror {
         let view = Arc::make_mut(entry);
         view.version = self.version;
         if view.end.is_some() {
-            return;
+            return Change::default();
         }
+        let logged_before = view.logged_bytes;
         view.take_over(told, &mut self.inline_bytes);
+        let logged_bytes = view.logged_bytes - logged_before;
         if view.end.is_some() {
             self.unfinished_count -= 1;
         }
+        Change { logged_bytes, ended: entry.is_finished().then(|| Arc::clone(entry)) }
     }
 
     /// Forgets tasks.
@@ -312,9 +319,9 @@ mod tests {
     fn a_slow_watcher_misses_no_task() {
         let mut mirror = Mirror::new();
         for number in 1..=5 {
-            mirror.update(told(number, v1::TaskState::Queued));
+            mirror.update(id(number), told(number, v1::TaskState::Queued));
         }
-        mirror.update(told(1, v1::TaskState::Running));
+        mirror.update(id(1), told(1, v1::TaskState::Running));
         let (first, at) = mirror.changed_since(0, 3);
         assert_eq!(first.iter().map(|(id, _)| *id).collect::<Vec<_>>(), [id(2), id(3), id(4)]);
         let (rest, at) = mirror.changed_since(at, 3);
@@ -326,8 +333,8 @@ mod tests {
     #[test]
     fn a_record_is_never_replaced() {
         let mut mirror = Mirror::new();
-        mirror.update(ended(1));
-        mirror.update(told(1, v1::TaskState::Running));
+        mirror.update(id(1), ended(1));
+        mirror.update(id(1), told(1, v1::TaskState::Running));
         assert_eq!(mirror.get(id(1)).unwrap().state, v1::TaskState::Finished);
         assert!(mirror.all_finished());
         assert_eq!(mirror.get(id(1)).unwrap().status(id(1)).explanation, "ended: exit code 3");
@@ -336,8 +343,8 @@ mod tests {
     #[test]
     fn releasing_leaves_nothing() {
         let mut mirror = Mirror::new();
-        mirror.update(ended(1));
-        mirror.update(told(2, v1::TaskState::Running));
+        mirror.update(id(1), ended(1));
+        mirror.update(id(2), told(2, v1::TaskState::Running));
         mirror.release(&[id(1), id(2), id(3)]);
         assert!(mirror.changes.is_empty() && mirror.tasks.is_empty() && mirror.all_finished());
         assert_eq!((mirror.received_count(), mirror.inline_bytes), (2, 0));

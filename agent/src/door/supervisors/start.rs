@@ -17,7 +17,7 @@ use millstream_common::{clock::World, id::SessionId, text::printable};
 use tokio::{io::AsyncReadExt as _, net::UnixStream, sync::mpsc, time::timeout};
 use tracing::{error, warn};
 
-use super::{HELLO_MAX, Notice, SessionDirectory, Supervised};
+use super::{HELLO_MAX, Notice, Page, SessionDirectory, Supervised};
 use crate::{
     entry::{Relaunch, Role},
     supervisor::{self, SupervisorConfig, session_group_name, wire::WireError},
@@ -120,6 +120,7 @@ impl Starter {
         directory: SessionDirectory,
         lease: Duration,
         notices: mpsc::Sender<(SessionId, Notice)>,
+        page: Page,
     ) -> Result<Arc<Supervised>, StartError> {
         let configuration = SupervisorConfig {
             session_dir: directory.path().to_owned(),
@@ -148,7 +149,8 @@ impl Starter {
         };
         let incarnation = self.incarnation.clone();
         let reconnects = !matches!(self.supervisors, Supervisors::Inside);
-        let begun = Supervised::begin(session_id, directory, stream, incarnation, notices, reconnects).await;
+        let begun =
+            Supervised::begin(session_id, directory, stream, incarnation, notices, reconnects, page).await;
         begun.map(|(supervised, _)| supervised).map_err(|source| StartError::Talk { source })
     }
 
