@@ -1,5 +1,6 @@
 //! The command line of the agent: what each command does, in one place; how it does it lies in other rooms.
 
+mod board;
 mod dial;
 mod pages;
 mod status;
@@ -61,6 +62,8 @@ enum Command {
     Pki(Pki),
     /// Show what an agent does.
     Status(status::Status),
+    /// Show the barriers of a test that listens, and take a hand in them.
+    Board(board::Board),
     /// Take no new sessions, and let those that are open go on to their end.
     Drain(upkeep::Drain),
     /// Take sessions again.
@@ -202,6 +205,8 @@ enum RunError {
     #[error(transparent)]
     Status(#[from] status::StatusError),
     #[error(transparent)]
+    Board(#[from] board::BoardError),
+    #[error(transparent)]
     Upkeep(#[from] upkeep::UpkeepError),
     #[error(transparent)]
     Page(#[from] pages::WritePageError),
@@ -225,6 +230,7 @@ pub fn run() -> ExitCode {
         Command::Stdio(stdio) => stdio.run(),
         Command::Pki(pki) => pki.run(),
         Command::Status(status) => run_alone(status.run()),
+        Command::Board(board) => run_alone(board.run()),
         Command::Drain(drain) => run_alone(drain.run()),
         Command::Undrain(undrain) => run_alone(undrain.run()),
         Command::Clean(clean) => run_alone(clean.run()),

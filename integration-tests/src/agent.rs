@@ -59,6 +59,24 @@ impl Agent {
         )
     }
 
+    /// As [`Agent::start`], with more lines in its configuration.
+    ///
+    /// # Panics
+    /// When it does not start; the message has its log.
+    #[must_use]
+    pub fn start_configured(
+        place: &Namespace,
+        address: Ipv4Addr,
+        tls: &Certificate,
+        directory: &Path,
+        more: &str,
+    ) -> Self {
+        fs::create_dir_all(directory).expect("the lab's directory can be written");
+        let address = SocketAddrV4::new(address, PORT);
+        let configuration = configuration(address, Some(tls), directory) + more;
+        Self::start_with(Some(place), address, directory, &configuration, None)
+    }
+
     /// As [`Agent::start`], on loopback and without TLS.
     ///
     /// # Panics

@@ -160,6 +160,18 @@ impl Lab {
         Agent::start(host.namespace(), host.address(), &certificate, &self.directory.path().join(host.name()))
     }
 
+    /// Starts an agent on one host with more lines in its configuration.
+    ///
+    /// # Panics
+    /// When it does not start.
+    #[must_use]
+    pub fn start_agent_configured(&self, name: &str, more: &str) -> Agent {
+        let host = self.host(name);
+        let certificate = self.authority().agent(host.name(), &host.address().to_string());
+        let directory = self.directory.path().join(host.name());
+        Agent::start_configured(host.namespace(), host.address(), &certificate, &directory, more)
+    }
+
     /// Starts an agent on one host whose programs, and those of its blocks, are looked up in another `PATH`.
     ///
     /// # Panics

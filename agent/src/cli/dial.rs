@@ -17,8 +17,11 @@ use tonic::transport::Channel;
 
 use crate::config::PORT;
 
+/// Variable that names the Unix socket of this host's agent, where it is not the usual one.
+pub(super) const SOCKET_VARIABLE: &str = "MILLSTREAM_SOCKET";
+
 /// With which files agents are dialled.
-#[derive(Debug, Clone, Args)]
+#[derive(Debug, Clone, Default, Args)]
 pub(super) struct Dialling {
     /// Certificate of the role operator or controller, for `tls://`.
     #[arg(long, value_name = "FILE", env = "MILLSTREAM_CERT")]
@@ -73,6 +76,24 @@ impl From<ConnectError> for DialError {
 }
 
 impl Dialling {
+    /// Says one of them by its name.
+    pub(super) fn set(&mut self, name: &str, value: &str) {
+        match name {
+            "certificate" => self.certificate = Some(value.into()),
+            "key" => self.key = Some(value.into()),
+            "authority" => self.authority = Some(value.into()),
+            _ => self.server_name = Some(value.to_owned()),
+        }
+    }
+
+    #[cfg(test)]
+    pub(super) fn shown(&self) -> String {
+        let path =
+            |path: &Option<PathBuf>| path.as_ref().map_or("-".to_owned(), |path| path.display().to_string());
+        let name = self.server_name.as_deref().unwrap_or("-");
+        format!("{} {} {} {name}", path(&self.certificate), path(&self.key), path(&self.authority))
+    }
+
     /// Connects to an agent.
     pub(super) async fn connect(&self, agent: &str) -> Result<Channel, DialError> {
         let connected = if let Some(rest) = agent.strip_prefix("tls://") {

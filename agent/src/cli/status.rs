@@ -1,330 +1,178 @@
-//! What an agent does, as a table for people or as JSON for programs. Asks the same call that `grpcurl` would.
+//! What agents do, as tables for people or as JSON for programs: one agent in full, many in a row each. Asks the same calls that
+//! `grpcurl` would.
 
-use std::{fmt::Write as _, io};
+mod hosts;
+mod shown;
+mod watch;
+
+use std::{
+    env,
+    io::{self, IsTerminal as _},
+    path::PathBuf,
+    sync::Arc,
+    time::Duration,
+};
 
 use clap::Args;
-use millstream_common::{
-    convert, pipe,
-    text::{counted, spoken},
-};
+use millstream_common::pipe;
 use millstream_proto::v1::{self, agent_service_client::AgentServiceClient};
 use serde_json::{Value, json};
+use tokio::{sync::Semaphore, task::JoinSet, time::timeout};
 
-use super::{
-    dial::{DialError, Dialling},
-    upkeep::survivor_line,
+use self::{
+    hosts::{HostsError, Target},
+    shown::{as_json, as_table, rows},
 };
-use crate::{config::UNIX_SOCKET, door::status::clock_text};
+use super::dial::{DialError, Dialling, SOCKET_VARIABLE};
+use crate::config::UNIX_SOCKET;
+
+/// Agents that are asked at once.
+const ASKED_COUNT_MAX: usize = 32;
 
 /// Options of `status`.
 #[derive(Debug, Args)]
 pub(super) struct Status {
-    /// The agent: the path of its Unix socket, `tls://HOST[:PORT]`, or `tcp://ADDRESS[:PORT]` on this host.
-    #[arg(default_value = UNIX_SOCKET)]
-    agent: String,
+    /// Agents: each the path of its Unix socket, `tls://HOST[:PORT]`, or `tcp://ADDRESS[:PORT]` on this host. Without any,
+    /// the one of this host, whose socket is the usual one or that in MILLSTREAM_SOCKET.
+    agents: Vec<String>,
+    /// File with more of them: one a line, or stream definitions in YAML.
+    #[arg(long, value_name = "FILE")]
+    hosts: Vec<PathBuf>,
     #[command(flatten)]
     dialling: Dialling,
-    /// Print JSON.
+    /// How long an agent may take to answer.
+    #[arg(long, value_name = "SPAN", value_parser = humantime::parse_duration, default_value = "10s")]
+    timeout: Duration,
+    /// Print JSON: an object for one agent, a list for many, with `--watch` a line for each change.
     #[arg(long)]
     json: bool,
+    /// Go on, and show each change: in place on a terminal, else line by line.
+    #[arg(long)]
+    watch: bool,
 }
 
 /// Why there is no status.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum StatusError {
+    #[error(transparent)]
+    Hosts(#[from] HostsError),
     #[error("`{agent}`: {source}")]
-    Dial {
+    One {
         agent: String,
         #[source]
-        source: DialError,
+        source: AskError,
     },
-    #[error("`{agent}` gave no status: {}", pipe::call_failure(source))]
-    Call {
-        agent: String,
-        #[source]
-        source: Box<tonic::Status>,
-    },
+    #[error("{missing} of {asked} agents gave no status")]
+    Some { missing: usize, asked: usize },
     #[error("failed to write to standard output")]
     Print(#[source] io::Error),
 }
 
+/// Why one agent gave none.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum AskError {
+    #[error(transparent)]
+    Dial(#[from] DialError),
+    #[error("no status: {}", pipe::call_failure(source))]
+    Call {
+        #[source]
+        source: Box<tonic::Status>,
+    },
+    #[error("no answer within {}", humantime::format_duration(*patience))]
+    Silent { patience: Duration },
+    #[error("a stream of type `{kind}` is at no agent that can be asked from here")]
+    Kind { kind: String },
+    #[error("the connection ended")]
+    Ended,
+}
+
+impl From<tonic::Status> for AskError {
+    fn from(source: tonic::Status) -> Self {
+        Self::Call { source: Box::new(source) }
+    }
+}
+
+/// What an agent said, or why it said nothing.
+type Answer = Result<v1::AgentStatus, AskError>;
+
 impl Status {
     pub(super) async fn run(self) -> Result<(), StatusError> {
-        let connected = self.dialling.connect(&self.agent).await;
-        let channel = connected.map_err(|source| StatusError::Dial { agent: self.agent.clone(), source })?;
-        let mut client = AgentServiceClient::new(channel);
-        let call = |source| StatusError::Call { agent: self.agent.clone(), source: Box::new(source) };
-        let answer = client.get_status(v1::GetStatusRequest {}).await.map_err(call)?;
-        let status = answer.into_inner().status.unwrap_or_default();
-        let text = if self.json { format!("{:#}\n", as_json(&status)) } else { as_table(&status) };
-        match io::Write::write_all(&mut io::stdout().lock(), text.as_bytes()) {
-            Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(StatusError::Print(error)),
-            _ => Ok(()),
+        let targets = self.targets()?;
+        if self.watch {
+            return watch::run(targets, self.timeout, self.json, io::stdout().is_terminal()).await;
+        }
+        let alone = self.agents.len() <= 1 && self.hosts.is_empty();
+        let mut answers = ask_all(&targets, self.timeout).await;
+        if alone && let Some(answer) = answers.pop() {
+            let agent = targets[0].name.clone();
+            let status = answer.map_err(|source| StatusError::One { agent, source })?;
+            let text = if self.json { format!("{:#}\n", as_json(&status)) } else { as_table(&status) };
+            return print(&text).map(|_read| ());
+        }
+        let names = targets.iter().map(|target| target.name.as_str());
+        let text = if self.json {
+            let all = names.zip(&answers).map(|(name, answer)| answer_json(name, answer)).collect::<Vec<_>>();
+            format!("{:#}\n", Value::from(all))
+        } else {
+            rows(names.zip(answers.iter().map(Some)))
+        };
+        let _read = print(&text)?;
+        match answers.iter().filter(|answer| answer.is_err()).count() {
+            0 => Ok(()),
+            missing => Err(StatusError::Some { missing, asked: answers.len() }),
         }
     }
-}
 
-fn span(duration: Option<&prost_types::Duration>) -> String {
-    let duration = duration.and_then(|duration| std::time::Duration::try_from(*duration).ok());
-    spoken(duration.unwrap_or_default())
-}
-
-fn bytes(count: u64) -> String {
-    const UNITS: [&str; 5] = ["B", "KiB", "MiB", "GiB", "TiB"];
-    let mut unit = 0;
-    let mut tenths = count.saturating_mul(10);
-    while tenths >= 10_240 && unit + 1 < UNITS.len() {
-        tenths /= 1_024;
-        unit += 1;
-    }
-    if unit == 0 { format!("{count} B") } else { format!("{}.{} {}", tenths / 10, tenths % 10, UNITS[unit]) }
-}
-
-fn word<E: Into<i32> + Copy>(name: &str, prefix: &str, _: E) -> String {
-    name.strip_prefix(prefix).unwrap_or(name).to_ascii_lowercase()
-}
-
-fn as_table(status: &v1::AgentStatus) -> String {
-    let mut out = String::new();
-    let host = status.host.clone().unwrap_or_default();
-    let can = status.capabilities.clone().unwrap_or_default();
-    let load = status.load.clone().unwrap_or_default();
-    let spool = status.spool.clone().unwrap_or_default();
-    let mut line = |name: &str, value: String| {
-        if !value.is_empty() {
-            // Writing to a String cannot fail.
-            let _ = writeln!(out, "{name:<12} {value}");
+    fn targets(&self) -> Result<Vec<Target>, StatusError> {
+        let given = |agent: &String| Target::new(agent, agent, &self.dialling);
+        let mut targets: Vec<Target> = self.agents.iter().map(given).collect();
+        for path in &self.hosts {
+            targets.extend(hosts::read(path, &self.dialling)?);
         }
-    };
-    let state = word(status.state().as_str_name(), "AGENT_STATE_", status.state());
-    let reason =
-        if status.state_reason.is_empty() { String::new() } else { format!(": {}", status.state_reason) };
-    line("agent", format!("{} on {}, {state}{reason}", status.version, host.hostname));
-    line("uptime", span(status.uptime.as_ref()));
-    line("host", format!("{}, {}, {}", host.distribution, host.kernel, host.architecture));
-    line(
-        "size",
-        format!(
-            "{}, {} memory",
-            counted(usize::try_from(host.processors_count).unwrap_or(0), "processor"),
-            bytes(host.memory_bytes)
-        ),
-    );
-    line("load", format!("{}, {} memory available", load.load_average, bytes(load.memory_available_bytes)));
-    line("addresses", host.addresses.join(", "));
-    line("contains by", format!("{}, limits by {}", can.containment, can.limits));
-    line("python", can.python);
-    line(
-        "disk",
-        format!(
-            "{}: sessions {}, blobs {} of {}, {} free",
-            spool.directory,
-            bytes(spool.sessions_bytes),
-            bytes(spool.blobs_bytes),
-            bytes(spool.blobs_bytes_max),
-            bytes(spool.free_bytes)
-        ),
-    );
-    if let Some(certificate) = &status.certificate {
-        line("certificate", certificate_line(certificate));
-    }
-    line("sessions", status.sessions.len().to_string());
-    for session in &status.sessions {
-        session_lines(session, &mut out);
-    }
-    for survivor in &status.survivors {
-        let _ = writeln!(out, "{}", survivor_line(survivor));
-    }
-    for error in &status.last_errors {
-        let _ = writeln!(out, "error        {error}");
-    }
-    out
-}
-
-fn certificate_line(certificate: &v1::CertificateStatus) -> String {
-    let until = certificate.expire_time.as_ref().map_or_else(String::new, shown_time);
-    let renewal = match (&certificate.renew_time, certificate.trouble.as_str()) {
-        (None, _) => "nobody renews it".to_owned(),
-        (Some(at), "") => format!("is renewed at {}", shown_time(at)),
-        (Some(at), trouble) => format!("NOT RENEWED ({trouble}), tried again at {}", shown_time(at)),
-    };
-    format!("{}, until {until}, {renewal}", certificate.identity)
-}
-
-fn shown_time(time: &prost_types::Timestamp) -> String {
-    clock_text(convert::timestamp_ns(time))
-}
-
-fn session_lines(session: &v1::SessionStatus, out: &mut String) {
-    let mut more = Vec::new();
-    more.push(if session.connected { "connected".to_owned() } else { "not connected".to_owned() });
-    more.push(format!("lease {}", span(session.lease_left.as_ref())));
-    if session.exclusive {
-        more.push("exclusive".to_owned());
-    }
-    more.push(counted(usize::try_from(session.tasks_count).unwrap_or(0), "task"));
-    let _ = writeln!(
-        out,
-        "  {}  {} ({}): {}",
-        session.session_id,
-        session.owner,
-        session.client,
-        more.join(", ")
-    );
-    for task in &session.tasks {
-        let state = word(task.state().as_str_name(), "TASK_STATE_", task.state());
-        let phase = match task.state() {
-            v1::TaskState::Running => {
-                format!("({})", word(task.phase().as_str_name(), "PHASE_", task.phase()))
-            }
-            _ => String::new(),
-        };
-        let _ = writeln!(
-            out,
-            "    {:<12} {:<20} {:<18} {:>10}  {}",
-            task.stream,
-            task.block,
-            format!("{state}{phase}"),
-            bytes(task.logged_bytes),
-            if task.explanation.is_empty() { &task.last_line } else { &task.explanation },
-        );
+        if self.agents.is_empty() && self.hosts.is_empty() {
+            let socket = env::var(SOCKET_VARIABLE).unwrap_or_else(|_| UNIX_SOCKET.to_owned());
+            targets.push(Target::new(&socket, &socket, &self.dialling));
+        }
+        Ok(targets)
     }
 }
 
-fn as_json(status: &v1::AgentStatus) -> Value {
-    let host = status.host.clone().unwrap_or_default();
-    let can = status.capabilities.clone().unwrap_or_default();
-    let load = status.load.clone().unwrap_or_default();
-    let spool = status.spool.clone().unwrap_or_default();
-    json!({
-        "version": status.version,
-        "protocol_min": status.protocol_min,
-        "protocol_max": status.protocol_max,
-        "incarnation": status.incarnation,
-        "uptime_seconds": seconds(status.uptime.as_ref()),
-        "state": word(status.state().as_str_name(), "AGENT_STATE_", status.state()),
-        "state_reason": status.state_reason,
-        "host": {
-            "hostname": host.hostname,
-            "kernel": host.kernel,
-            "architecture": host.architecture,
-            "distribution": host.distribution,
-            "processors_count": host.processors_count,
-            "memory_bytes": host.memory_bytes,
-            "boot_id": host.boot_id,
-            "addresses": host.addresses,
-        },
-        "capabilities": {
-            "containment": can.containment,
-            "limits": can.limits,
-            "python": can.python,
-            "features": can.features,
-        },
-        "load": {
-            "load_average": load.load_average,
-            "memory_available_bytes": load.memory_available_bytes,
-        },
-        "spool": {
-            "directory": spool.directory,
-            "sessions_bytes": spool.sessions_bytes,
-            "blobs_bytes": spool.blobs_bytes,
-            "blobs_bytes_max": spool.blobs_bytes_max,
-            "free_bytes": spool.free_bytes,
-        },
-        "drain": status.drain.as_ref().map(|drain| json!({
-            "reason": drain.reason,
-            "owner": drain.owner,
-            "begin_time": drain.begin_time.as_ref().map(ToString::to_string),
-        })),
-        "survivors": status.survivors.iter().map(survivor_json).collect::<Vec<_>>(),
-        "sessions": status.sessions.iter().map(session_json).collect::<Vec<_>>(),
-        "last_errors": status.last_errors,
-        "certificate": status.certificate.as_ref().map(|certificate| json!({
-            "identity": certificate.identity,
-            "expire_time": certificate.expire_time.as_ref().map(shown_time),
-            "renew_time": certificate.renew_time.as_ref().map(shown_time),
-            "trouble": certificate.trouble,
-        })),
-    })
-}
-
-fn seconds(duration: Option<&prost_types::Duration>) -> f64 {
-    let duration = duration.and_then(|duration| std::time::Duration::try_from(*duration).ok());
-    duration.unwrap_or_default().as_secs_f64()
-}
-
-fn survivor_json(survivor: &v1::Survivor) -> Value {
-    json!({
-        "pid": survivor.pid,
-        "what": survivor.what,
-        "session_id": survivor.session_id,
-        "owner": survivor.owner,
-        "client": survivor.client,
-        "block": survivor.block,
-        "find_time": survivor.find_time.as_ref().map(ToString::to_string),
-    })
-}
-
-fn session_json(session: &v1::SessionStatus) -> Value {
-    json!({
-        "session_id": session.session_id,
-        "owner": session.owner,
-        "client": session.client,
-        "open_time": session.open_time.as_ref().map(ToString::to_string),
-        "lease_left_seconds": seconds(session.lease_left.as_ref()),
-        "exclusive": session.exclusive,
-        "connected": session.connected,
-        "supervisor_pid": session.supervisor_pid,
-        "tasks_count": session.tasks_count,
-        "tasks": session.tasks.iter().map(task_json).collect::<Vec<_>>(),
-    })
-}
-
-fn task_json(task: &v1::TaskStatus) -> Value {
-    json!({
-        "task_id": task.task_id,
-        "stream": task.stream,
-        "block": task.block,
-        "state": word(task.state().as_str_name(), "TASK_STATE_", task.state()),
-        "phase": word(task.phase().as_str_name(), "PHASE_", task.phase()),
-        "pid": task.pid,
-        "start_time": task.start_time.as_ref().map(ToString::to_string),
-        "logged_bytes": task.logged_bytes,
-        "last_line": task.last_line,
-        "outcome": word(task.outcome().as_str_name(), "OUTCOME_KIND_", task.outcome()),
-        "explanation": task.explanation,
-    })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn sizes_are_readable() {
-        assert_eq!(bytes(17), "17 B");
-        assert_eq!(bytes(1_536), "1.5 KiB");
-        assert_eq!(bytes(u64::from(u32::MAX) + 1), "4.0 GiB");
+/// All of them at once, in the order in which they were named.
+async fn ask_all(targets: &[Target], patience: Duration) -> Vec<Answer> {
+    let places = Arc::new(Semaphore::new(ASKED_COUNT_MAX));
+    let mut asking = JoinSet::new();
+    for (number, target) in targets.iter().cloned().enumerate() {
+        let places = Arc::clone(&places);
+        asking.spawn(async move {
+            // Never closed: none of these waits can fail.
+            let _place = places.acquire_owned().await;
+            let answer = timeout(patience, ask(&target)).await;
+            (number, answer.unwrap_or(Err(AskError::Silent { patience })))
+        });
     }
+    let mut answers = asking.join_all().await;
+    answers.sort_by_key(|(number, _)| *number);
+    answers.into_iter().map(|(_, answer)| answer).collect()
+}
 
-    #[test]
-    fn a_table_has_a_line_for_each_task() {
-        let task = v1::TaskStatus {
-            stream: "server".to_owned(),
-            block: "iperf3".to_owned(),
-            state: v1::TaskState::Running.into(),
-            phase: v1::Phase::Run.into(),
-            last_line: "listening".to_owned(),
-            ..v1::TaskStatus::default()
-        };
-        let session = v1::SessionStatus {
-            owner: "millstream://controller/x".to_owned(),
-            tasks: vec![task],
-            ..v1::SessionStatus::default()
-        };
-        let status = v1::AgentStatus { sessions: vec![session], ..v1::AgentStatus::default() };
-        let table = as_table(&status);
-        assert!(table.contains("server       iperf3               running(run)"), "{table}");
-        assert_eq!(as_json(&status)["sessions"][0]["tasks"][0]["state"], "running");
+async fn ask(target: &Target) -> Answer {
+    let mut client = AgentServiceClient::new(target.connect().await?);
+    Ok(client.get_status(v1::GetStatusRequest {}).await?.into_inner().status.unwrap_or_default())
+}
+
+fn answer_json(agent: &str, answer: &Answer) -> Value {
+    match answer {
+        Ok(status) => json!({ "agent": agent, "status": as_json(status) }),
+        Err(error) => json!({ "agent": agent, "error": error.to_string() }),
+    }
+}
+
+/// Writes to standard output. A reader that has gone, such as `head`, is no error: whether one is there still is the answer.
+fn print(text: &str) -> Result<bool, StatusError> {
+    let mut output = io::stdout().lock();
+    match io::Write::write_all(&mut output, text.as_bytes()).and_then(|()| io::Write::flush(&mut output)) {
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(false),
+        Err(error) => Err(StatusError::Print(error)),
     }
 }

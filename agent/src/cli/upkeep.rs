@@ -13,14 +13,14 @@ use millstream_proto::v1::{self, agent_service_client::AgentServiceClient};
 use tokio::{net::UnixStream, time::timeout};
 use tonic::transport::Channel;
 
-use super::print;
+use super::{dial::SOCKET_VARIABLE, print};
 use crate::config::UNIX_SOCKET;
 
 /// Where the agent is.
 #[derive(Debug, Args)]
 struct Socket {
     /// Unix socket of the running agent.
-    #[arg(long, value_name = "PATH", default_value = UNIX_SOCKET)]
+    #[arg(long, value_name = "PATH", env = SOCKET_VARIABLE, default_value = UNIX_SOCKET)]
     socket: PathBuf,
 }
 

@@ -21,6 +21,7 @@ mod logs;
 mod look;
 mod nested;
 mod on_demand;
+mod operating;
 mod sharing;
 mod static_agent;
 mod support;
