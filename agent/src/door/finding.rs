@@ -198,6 +198,10 @@ impl Shared {
     /// A session whose supervisor has gone by itself: nobody waits for what is found.
     fn look_behind_later(self: &Arc<Self>, session_id: SessionId) {
         let Some(supervised) = self.supervised(session_id) else { return };
+        // Whoever closes it looks as well, and knows more: what the supervisor has said.
+        if supervised.mirror().is_closing() {
+            return;
+        }
         let shared = Arc::clone(self);
         self.tracker.spawn(async move { shared.look_behind(&supervised, Vec::new()).await });
     }

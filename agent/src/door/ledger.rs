@@ -169,6 +169,9 @@ impl Page {
     /// A task was taken in.
     pub(crate) fn task_accepted(&self, task: &Accepted<'_>) {
         self.ledger.counts.add(Count::TasksAccepted, "");
+        if !self.ledger.audit.is_wanted() {
+            return;
+        }
         let record = self.record("task.accepted").with("task", task.task).with("stream", task.stream);
         let record = record.with("block", task.block).with("program", task.program);
         self.ledger.audit.put(record.with("user", task.user));
@@ -188,6 +191,9 @@ impl Page {
         let Some(end) = &view.end else { return };
         let outcome = counts::outcome_word(end.outcome());
         self.ledger.counts.add(Count::TasksEnded, outcome);
+        if !self.ledger.audit.is_wanted() {
+            return;
+        }
         let mut record = self.record("task.ended").with("task", task).with("stream", &view.stream);
         record = record.with("block", &view.block).with("outcome", outcome);
         let reason = convert::reason_in("reason", end.reason).map_or("", |reason| reason.word());

@@ -324,11 +324,14 @@ impl Ending {
 /// Tells whoever asks for the agent's health whether it takes sessions: the service by its name, and the whole by none.
 async fn tell_health(shared: &Shared, health: tonic_health::server::HealthReporter) {
     let mut changes = shared.status_changes();
+    let mut told = None;
     loop {
         let draining = shared.sessions().draining().is_some();
-        let status = if draining { ServingStatus::NotServing } else { ServingStatus::Serving };
-        for service in ["", SERVED[0]] {
-            health.set_service_status(service, status).await;
+        if told.replace(draining) != Some(draining) {
+            let status = if draining { ServingStatus::NotServing } else { ServingStatus::Serving };
+            for service in ["", SERVED[0]] {
+                health.set_service_status(service, status).await;
+            }
         }
         // It ends with the door.
         if changes.changed().await.is_err() {

@@ -420,8 +420,8 @@ impl AgentService for Service {
         if answer.accepted_by_this_call {
             held.supervised.page.task_accepted(&Accepted {
                 task: &task,
-                stream: &spec.stream.to_string(),
-                block: &spec.name.to_string(),
+                stream: spec.stream.as_ref(),
+                block: spec.name.as_ref(),
                 program: &program_of(&spec),
                 user: spec.user.as_deref().unwrap_or(""),
             });

@@ -3,7 +3,7 @@
 //! The kernel tells when a process ends: nothing here polls. Whether a host with survivors may still be shared or reserved is
 //! decided by the machine of sessions; who may say that they do no harm, in [`super::upkeep`].
 
-use std::{collections::BTreeSet, fs, io, os::fd::OwnedFd, path::Path, time::Duration};
+use std::{collections::BTreeMap, fs, io, os::fd::OwnedFd, path::Path, time::Duration};
 
 use millstream_common::{id::TaskId, text::printable};
 use millstream_proto::v1;
@@ -72,6 +72,13 @@ impl Survivor {
         format!("{what}{block} ({}, {})", self.origin.owner, self.origin.client)
     }
 
+    /// Whether both are the same thing, found at different times.
+    pub(crate) fn is(&self, other: &Self) -> bool {
+        let same_process = (self.pid, self.start_ticks) == (other.pid, other.start_ticks);
+        let same_words = self.what == other.what && self.origin.session_id == other.origin.session_id;
+        same_process && (self.pid > 0 || same_words)
+    }
+
     /// A descriptor that means this very process, if it is still there.
     fn process(&self) -> Option<OwnedFd> {
         // Opened before it is looked at: whoever is found by this number then is whom the descriptor means.
@@ -128,22 +135,27 @@ fn start_ticks(pid: u32) -> Option<u64> {
     fields.nth(18)?.parse().ok()
 }
 
-/// Processes of a session that is over, and whatever else was told. `told` is what its supervisor could not end, as text that
-/// begins with a number where it is a process. Looks through all processes of the host only where no control group tells, or
+/// Processes of a session that is over, and whatever else was told. `told` is what its supervisor could not end, as text: a
+/// process as its number, its command and ` of STREAM/BLOCK`. Looks through all processes of the host only where no control group tells, or
 /// something was told. Blocking.
 pub(crate) fn find(supervised: &Supervised, told: &[String], origin: &Origin) -> Vec<Survivor> {
     let directory: &SessionDirectory = &supervised.directory;
-    let mut processes: BTreeSet<u32> = directory.inhabitants().into_iter().collect();
+    // Each with its block, as far as it is known: the door has forgotten tasks that were released.
+    let mut processes: BTreeMap<u32, String> =
+        directory.inhabitants().into_iter().map(|pid| (pid, String::new())).collect();
     let has_run = supervised.mirror().received_count() > 0;
     if has_run && (!directory.has_group() || !told.is_empty()) {
         let is_ours =
             |mark: &str| mark.parse().is_ok_and(|task: TaskId| supervised.mirror().get(task).is_some());
-        processes.extend(find_marked(is_ours).into_iter().map(|(_, found)| found.pid));
+        processes.extend(find_marked(is_ours).into_iter().map(|(_, found)| (found.pid, String::new())));
     }
     let mut found = Vec::new();
     for line in told {
         match line.split_once(' ').and_then(|(number, _)| number.parse::<u32>().ok()) {
-            Some(pid) => drop(processes.insert(pid)),
+            Some(pid) => {
+                let block = line.rsplit_once(" of ").map_or("", |(_, block)| block);
+                processes.insert(pid, printable(block.as_bytes(), WHAT_BYTES_MAX));
+            }
             None => {
                 let what = printable(line.as_bytes(), WHAT_BYTES_MAX);
                 found.push(Survivor {
@@ -156,14 +168,14 @@ pub(crate) fn find(supervised: &Supervised, told: &[String], origin: &Origin) ->
             }
         }
     }
-    let process = |pid| {
+    let process = |(pid, told): (u32, String)| {
         let start_ticks = start_ticks(pid)?;
         let task = mark_of(pid).and_then(|mark| mark.parse::<TaskId>().ok());
         let mirror = supervised.mirror();
         let block =
             task.and_then(|task| mirror.get(task)).map(|task| format!("{}/{}", task.stream, task.block));
         let what = printable(describe(pid).command.as_bytes(), WHAT_BYTES_MAX);
-        Some(Survivor { pid, start_ticks, what, block: block.unwrap_or_default(), origin: origin.clone() })
+        Some(Survivor { pid, start_ticks, what, block: block.unwrap_or(told), origin: origin.clone() })
     };
     found.extend(processes.into_iter().filter_map(process));
     found

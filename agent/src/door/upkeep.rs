@@ -155,7 +155,10 @@ impl Shared {
         };
         let looked_at = Arc::clone(supervised);
         let finding = tokio::task::spawn_blocking(move || survivors::find(&looked_at, &told, &origin));
-        let found = survivors::still_there(finding.await.unwrap_or_default(), GOING_MAX).await;
+        let mut found = survivors::still_there(finding.await.unwrap_or_default(), GOING_MAX).await;
+        // A session is looked at when its supervisor is gone, and when it is closed.
+        let known = self.survivors();
+        found.retain(|survivor| !known.iter().any(|known| known.is(survivor)));
         if found.is_empty() {
             return;
         }
@@ -173,7 +176,7 @@ impl Shared {
         let mut added = Vec::new();
         let kept = self.keep_record(|record| {
             for survivor in found {
-                let is_known = record.survivors.contains(&survivor);
+                let is_known = record.survivors.iter().any(|known| known.is(&survivor));
                 if !is_known && record.survivors.len() < SURVIVORS_COUNT_MAX {
                     record.survivors.push(survivor.clone());
                     added.push(survivor);

@@ -15,6 +15,12 @@ impl Sessions {
         for waiter in &self.waiting {
             assert!(!self.sessions.contains_key(&waiter.asking.session_id), "waits and has");
         }
+        assert!(
+            self.draining.is_none() || self.waiting.is_empty(),
+            "waits for an agent that takes nothing new"
+        );
+        let reserves = self.waiting.iter().any(|waiter| waiter.asking.exclusive);
+        assert!(self.survivors.is_empty() || !reserves, "waits to have a host alone that is not clean");
         for id in &self.closed {
             assert!(!self.sessions.contains_key(id), "a closed number lives again");
         }
@@ -352,6 +358,8 @@ fn any_event() -> impl Strategy<Value = Event> {
         1 => number.clone().prop_map(|n| Event::Withdrawn { key: key(n, 0), owner: asking(n).owner }),
         1 => number.prop_map(|n| Event::Abandoned { session_id: id(n) }),
         2 => Just(Event::TimePassed),
+        1 => any::<bool>().prop_map(|begins| if begins { drain("") } else { Event::DrainEnded }),
+        1 => any::<bool>().prop_map(|any| left_behind(if any { &["process 1 `a`"] } else { &[] })),
     ]
 }
 

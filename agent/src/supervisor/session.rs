@@ -409,7 +409,13 @@ impl Session {
         match told {
             Told::Happened(id, event) => {
                 if let task::Event::TreeEnded { survivors: 1.., leaked, .. } = &event {
-                    let named = leaked.iter().map(|process| format!("{} {}", process.pid, process.command));
+                    let of = self
+                        .tasks
+                        .get(&id)
+                        .map(|task| format!(" of {}/{}", task.spec.stream, task.spec.name));
+                    let of = of.unwrap_or_default();
+                    let named =
+                        leaked.iter().map(|process| format!("{} {}{of}", process.pid, process.command));
                     self.survivors.extend(named);
                     self.survivors.truncate(SURVIVORS_NAMED_MAX);
                 }

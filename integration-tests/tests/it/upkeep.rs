@@ -2,8 +2,9 @@
 
 use std::{
     fs,
+    io::{BufRead as _, BufReader},
     path::{Path, PathBuf},
-    process::{Command, Output},
+    process::{Command, Output, Stdio},
 };
 
 use millstream::shell;
@@ -159,4 +160,31 @@ fn a_host_with_a_process_that_cannot_be_killed_is_not_reserved_until_it_is_gone(
     wait_until_true("the agent learns of its end", SOON, || status(&agent)["state"] == "ready");
     let reserved = reserve();
     assert!(reserved.contains("\"epoch\""), "{reserved}");
+}
+
+#[test]
+#[ignore = "needs root: integration-tests/run"]
+fn a_watched_agent_that_goes_away_is_shown_with_the_reason_until_it_is_back() {
+    let lab = Lab::new(&["one"]);
+    let mut agent = lab.start_agent("one");
+    let mut command = Command::new(tools::agent_program());
+    command.args(["status", "--watch"]).arg(agent.socket()).stdout(Stdio::piped());
+    let mut watching = command.spawn().unwrap();
+    let mut lines = BufReader::new(watching.stdout.take().unwrap()).lines();
+    let mut next_with = |word: &str| {
+        // Every change is a line: those of the same kind may be told more than once.
+        let mut told = lines.by_ref().map(|line| line.unwrap());
+        told.find(|line| line.contains(word)).unwrap_or_else(|| panic!("nothing is said of `{word}`"))
+    };
+    assert!(next_with("ready").starts_with(tools::text(&agent.socket())));
+    assert!(said(&agent, &["drain", "--reason", "a look"]).starts_with("draining"));
+    assert!(next_with("draining").contains("by local user 0: a look"));
+    agent.kill();
+    assert!(next_with("unreachable").contains("unreachable: "));
+    agent.restart(lab.host("one").namespace());
+    next_with("draining");
+    assert!(said(&agent, &["undrain"]).starts_with("takes sessions"));
+    next_with("ready");
+    watching.kill().unwrap();
+    watching.wait().unwrap();
 }

@@ -23,10 +23,12 @@ use std::{
 };
 
 use millstream_common::text::printable;
-use tracing::{error, info};
+use tracing::{Level, enabled, error, info};
 
 /// Where systemd's journal takes records.
 pub const JOURNAL: &str = "/run/systemd/journal/socket";
+/// Target of records in the agent's own log.
+const AUDIT: &str = "millstream::audit";
 /// Records that wait to be written: some seconds of starts and ends at the highest rate, less than 4 MiB.
 const RECORDS_COUNT_MAX: usize = 4_096;
 /// Records that are written at once.
@@ -129,10 +131,15 @@ impl Audit {
         Ok(Self { orders: Some(orders), lost })
     }
 
+    /// Whether anybody reads records: an agent of local streams keeps none, and makes none.
+    pub(crate) fn is_wanted(&self) -> bool {
+        self.orders.is_some() || enabled!(target: AUDIT, Level::INFO)
+    }
+
     /// Puts a record, soon. Never waits.
     pub(crate) fn put(&self, record: Record) {
         let Some(orders) = &self.orders else {
-            info!(target: "millstream::audit", "{}", record.json_line().trim_end());
+            info!(target: AUDIT, "{}", record.json_line().trim_end());
             return;
         };
         if let Err(TrySendError::Full(_) | TrySendError::Disconnected(_)) =

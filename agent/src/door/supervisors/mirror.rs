@@ -127,7 +127,7 @@ impl Mirror {
         self.lease_expired
     }
 
-    pub(super) fn is_closing(&self) -> bool {
+    pub(crate) fn is_closing(&self) -> bool {
         self.closing
     }
 

@@ -82,13 +82,13 @@ async fn a_host_with_a_survivor_is_not_reserved_until_it_is_gone() {
     // As it would be told by a supervisor that could not end it.
     let session_id = controller.key.session_id.parse().unwrap();
     let supervised = agent.shared.supervised(session_id).unwrap();
-    let looking = agent.shared.look_behind(&supervised, vec![format!("{pid} sleep 1000")]);
+    let looking = agent.shared.look_behind(&supervised, vec![format!("{pid} sleep 1000 of s/b")]);
     looking.await;
     assert!(controller.close().await.is_empty());
 
     let reserving = || v1::OpenSessionRequest { exclusive: true, ..opening() };
     let refused = controller.client.open_session(reserving()).await.unwrap_err();
-    let line = format!("process {pid} `sleep 1000` (millstream://controller/alice, a test)");
+    let line = format!("process {pid} `sleep 1000` of s/b (millstream://controller/alice, a test)");
     assert_eq!(refused.message(), OpenRefusal::Unclean { count: 1, first: line }.to_string());
     let seen = status(&mut controller.client).await;
     assert_eq!((seen.state(), seen.survivors[0].pid), (v1::AgentState::Unclean, pid));
