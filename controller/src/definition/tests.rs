@@ -315,7 +315,7 @@ fn containers_are_told_by_an_address_or_by_keys() {
         c = podman://box?image=x&remove=never
         d = podman"#]]);
     check("streams:\n  a: {type: docker, image: x, mounts: ['/a b:/c', '/d:/e']}\n", expect!["a = docker?image=x&mounts=/a b:/c /d:/e"]);
-    check("streams:\n  a: docker://image=x,imge=y\n", expect!["lab.yaml:2:6: stream `a` has the unknown key `imge`: did you mean `image`? (there are `name`, `image`, `create`, `remove`, `mounts`, `network`, `memory`, `cpus`, `pids`, `options`, `engine`, `agent`, `idle`, `type`, `env`, `cwd`, `user`, `timeout`, `wrap`, `limits`, `on_failure`, `exclusive`)"]);
+    check("streams:\n  a: docker://image=x,imge=y\n", expect!["lab.yaml:2:6: stream `a` has the unknown key `imge`: did you mean `image`? (there are `name`, `image`, `create`, `remove`, `mounts`, `network`, `memory`, `cpus`, `pids`, `options`, `engine`, `agent`, `idle`, `type`, `env`, `cwd`, `user`, `timeout`, `wrap`, `limits`, `on_failure`, `exclusive`, `wait`)"]);
     check("streams:\n  a: {type: docker, image: x, mounts: {a: b}}\n", expect!["lab.yaml:2:39: `mounts` of stream `a` is `{…}`: write a text or a list of texts"]);
 }
 
