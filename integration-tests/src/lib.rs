@@ -6,11 +6,11 @@
 
 pub mod agent;
 pub mod authority;
+pub mod engine;
 pub mod lab;
 pub mod machine;
 pub mod namespace;
 pub mod package;
-pub mod podman;
 pub mod processes;
 pub mod tools;
 pub mod wait;

@@ -96,6 +96,19 @@ fn below_target(path: &'static str) -> impl Iterator<Item = PathBuf> {
     directories.into_iter()
 }
 
+/// What `integration-tests/setup` has put below `target/tools` under a name.
+///
+/// # Panics
+/// When it is not there.
+#[must_use]
+pub fn set_up(name: &str) -> PathBuf {
+    let this = env::current_exe().expect("the system knows the program's path");
+    this.ancestors()
+        .map(|directory| directory.join("tools").join(name))
+        .find(|path| path.is_dir())
+        .unwrap_or_else(|| panic!("no `{name}` below target/tools: run integration-tests/setup"))
+}
+
 /// A program on the `PATH`.
 ///
 /// # Panics

@@ -32,3 +32,18 @@ pub fn wait_until<T>(what: &str, bound: Duration, mut look: impl FnMut() -> Opti
 pub fn wait_until_true(what: &str, bound: Duration, mut look: impl FnMut() -> bool) {
     wait_until(what, bound, || look().then_some(()));
 }
+
+/// Whether something becomes so within a bound: for tidying, which may not panic.
+#[expect(clippy::disallowed_methods, reason = "real time passes in the processes that are looked at")]
+pub fn is_soon(bound: Duration, mut look: impl FnMut() -> bool) -> bool {
+    let begin = Instant::now();
+    loop {
+        if look() {
+            return true;
+        }
+        if begin.elapsed() >= bound {
+            return false;
+        }
+        thread::sleep(PAUSE);
+    }
+}

@@ -9,7 +9,7 @@ use std::{
 };
 
 use millstream::{Definition, Error, OutcomeKind, Reason, Streams, conformance::check, exec, shell};
-use millstream_integration_tests::{podman::Podman, tools, wait::wait_until_true};
+use millstream_integration_tests::{engine::Engine, tools, wait::wait_until_true};
 
 use crate::{
     conformance::{is_sound, survivor},
@@ -17,8 +17,8 @@ use crate::{
 };
 
 /// A container of an engine, with the agent that was built for tests.
-fn definition(engine: &Podman) -> Definition {
-    Definition::of("podman")
+fn definition(engine: &Engine) -> Definition {
+    Definition::of(engine.kind())
         .key("engine", engine.command().display())
         .key("agent", tools::static_agent_program().display())
 }
@@ -30,7 +30,7 @@ fn open(results: &Path) -> Streams {
 #[test]
 #[ignore = "needs root and podman: integration-tests/run"]
 fn a_container_of_an_empty_image_runs_programs_and_meets_at_barriers() {
-    let engine = Podman::start();
+    let engine = Engine::podman();
     let results = tempfile::tempdir().unwrap();
     block_on(async {
         let streams = open(results.path());
@@ -50,12 +50,11 @@ fn a_container_of_an_empty_image_runs_programs_and_meets_at_barriers() {
     assert_eq!(engine.containers(), [""; 0]);
 }
 
-#[test]
-#[ignore = "needs root and podman: integration-tests/run"]
-fn a_container_is_a_sound_reach() {
-    let engine = Arc::new(Podman::start());
+/// The whole suite over containers of an engine, of which none may stay.
+fn is_sound_with(engine: Engine) {
+    let engine = Arc::new(engine);
     let afterwards = Arc::clone(&engine);
-    let check = check(definition(&engine).key("image", "box")).afterwards(move || {
+    let check = check(definition(&engine).key("image", "box").key("network", "none")).afterwards(move || {
         let left = afterwards.containers();
         if left.is_empty() { Ok(()) } else { Err(format!("containers stay: {left:?}")) }
     });
@@ -64,8 +63,20 @@ fn a_container_is_a_sound_reach() {
 
 #[test]
 #[ignore = "needs root and podman: integration-tests/run"]
+fn a_container_of_podman_is_a_sound_reach() {
+    is_sound_with(Engine::podman());
+}
+
+#[test]
+#[ignore = "needs root and docker: integration-tests/run"]
+fn a_container_of_docker_is_a_sound_reach() {
+    is_sound_with(Engine::docker());
+}
+
+#[test]
+#[ignore = "needs root and podman: integration-tests/run"]
 fn streams_of_one_definition_share_a_container_and_others_have_their_own() {
-    let engine = Podman::start();
+    let engine = Engine::podman();
     let results = tempfile::tempdir().unwrap();
     block_on(async {
         let streams = open(results.path());
@@ -87,14 +98,19 @@ fn streams_of_one_definition_share_a_container_and_others_have_their_own() {
 }
 
 #[test]
-#[ignore = "needs root and podman: integration-tests/run"]
+#[ignore = "needs root, podman and docker: integration-tests/run"]
 fn a_container_is_removed_or_kept_as_its_definition_says() {
-    let engine = Podman::start();
+    for engine in [Engine::podman(), Engine::docker()] {
+        removes_or_keeps(&engine);
+    }
+}
+
+fn removes_or_keeps(engine: &Engine) {
     let results = tempfile::tempdir().unwrap();
     block_on(async {
         let streams = open(results.path());
         let made = |name: &str, remove: &str| {
-            let definition = definition(&engine).key("image", "box").key("name", name).key("remove", remove);
+            let definition = definition(engine).key("image", "box").key("name", name).key("remove", remove);
             streams.add(name, definition)
         };
         for (name, remove, text) in [
@@ -115,15 +131,20 @@ fn a_container_is_removed_or_kept_as_its_definition_says() {
 }
 
 #[test]
-#[ignore = "needs root and podman: integration-tests/run"]
+#[ignore = "needs root, podman and docker: integration-tests/run"]
 fn a_container_that_runs_is_taken_by_its_name_and_stays() {
-    let engine = Podman::start();
+    for engine in [Engine::podman(), Engine::docker()] {
+        takes_by_name(&engine);
+    }
+}
+
+fn takes_by_name(engine: &Engine) {
     engine.run(&["run", "--detach", "--name", "lab", "box", "/bin/busybox", "sleep", "1000"]);
     let results = tempfile::tempdir().unwrap();
     for _ in 0..2 {
         block_on(async {
             let streams = open(results.path());
-            let stream = streams.add("lab", definition(&engine).key("name", "lab").key("idle", "1s"))?;
+            let stream = streams.add("lab", definition(engine).key("name", "lab").key("idle", "1s"))?;
             let outcome = stream.run_fg(shell("/bin/busybox ps")).await?;
             assert!(outcome.stdout().contains("sleep 1000"), "{}", outcome.stdout());
             streams.close().await?;
@@ -140,7 +161,7 @@ fn a_container_that_runs_is_taken_by_its_name_and_stays() {
 #[test]
 #[ignore = "needs root and podman: integration-tests/run"]
 fn a_container_is_removed_although_its_test_was_killed() {
-    let engine = Podman::start();
+    let engine = Engine::podman();
     let directory = tempfile::tempdir().unwrap();
     let lab = directory.path().join("lab.yaml");
     let text = format!(
@@ -168,7 +189,7 @@ fn a_container_is_removed_although_its_test_was_killed() {
 #[test]
 #[ignore = "needs root and podman: integration-tests/run"]
 fn what_an_engine_refuses_is_told_whole_with_the_next_step() {
-    let engine = Podman::start();
+    let engine = Engine::podman();
     engine.run(&["create", "--name", "taken", "box", "/bin/sh"]);
     let results = tempfile::tempdir().unwrap();
     block_on(async {
@@ -211,7 +232,7 @@ fn what_an_engine_refuses_is_told_whole_with_the_next_step() {
 #[test]
 #[ignore = "needs root and podman: integration-tests/run"]
 fn a_task_is_told_lost_when_its_container_is_killed() {
-    let engine = Podman::start();
+    let engine = Engine::podman();
     let results = tempfile::tempdir().unwrap();
     block_on(async {
         let streams =

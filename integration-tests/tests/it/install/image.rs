@@ -4,7 +4,7 @@ use std::{fs, path::Path};
 
 use millstream::{Result, Streams, exec};
 use millstream_integration_tests::{
-    podman::Podman,
+    engine::Engine,
     tools::{self, text},
     wait::wait_until_true,
 };
@@ -14,7 +14,7 @@ use crate::support::{SOON, block_on};
 #[test]
 #[ignore = "needs root and podman: integration-tests/run"]
 fn the_image_of_the_recipe_runs_blocks() {
-    let engine = Podman::start();
+    let engine = Engine::podman();
     let recipe = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/Containerfile");
     let program = tools::static_agent_program();
     let context = program.parent().unwrap();
