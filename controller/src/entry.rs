@@ -67,10 +67,8 @@ static ENTERED: AtomicBool = AtomicBool::new(false);
 /// ([`run_alone`](crate::run_alone)).
 pub fn enter() {
     ENTERED.store(true, Ordering::Relaxed);
-    if std::env::var_os(ROLE_VARIABLE).is_some() {
-        // A `main` may be asynchronous; what runs here starts a runtime of its own.
-        outside_of_runtimes(|| dispatch_and_exit(Some(run_block)));
-    }
+    // A `main` may be asynchronous; what runs here starts a runtime of its own.
+    outside_of_runtimes(|| dispatch_and_exit(Some(run_block)));
     run_alone_and_exit();
 }
 
