@@ -149,12 +149,11 @@ pub(crate) fn connect(relaunch: &Relaunch, idle: Duration) -> Result<UnixStream,
 /// Name of the private directory: the user for people, everything else that makes an agent another one as a digest.
 fn name(relaunch: &Relaunch) -> io::Result<String> {
     let mut digest = blake3::Hasher::new();
-    // The file that runs, even when another has taken its name: its agent starts it again.
+    // The file that runs, even when another has taken its name: its number is nobody else's as long as its agent runs.
     let file = fs::metadata("/proc/self/exe")?;
     digest.update(relaunch.program.as_os_str().as_encoded_bytes());
     let root = fs::metadata("/")?;
-    let mut numbers =
-        vec![file.dev(), file.ino(), file.size(), file.mtime().cast_unsigned(), root.dev(), root.ino()];
+    let mut numbers = vec![file.dev(), file.ino(), root.dev(), root.ino()];
     for namespace in NAMESPACES {
         // A kernel may lack one.
         numbers.push(fs::metadata(format!("/proc/self/ns/{namespace}")).map_or(0, |found| found.ino()));

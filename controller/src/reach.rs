@@ -24,6 +24,7 @@ pub(crate) mod container;
 pub mod local;
 pub(crate) mod nowhere;
 pub(crate) mod program;
+pub(crate) mod ssh;
 pub mod tcp;
 pub mod unix;
 
@@ -65,7 +66,7 @@ pub trait Reach: Send + Sync + fmt::Debug + 'static {
 #[derive(Clone, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub struct Place {
-    /// The type: `local`, `tls`, `unix`, `command`, `docker`, `podman`, or one that was registered.
+    /// The type: `local`, `tls`, `unix`, `ssh`, `command`, `docker`, `podman`, or one that was registered.
     pub kind: String,
     /// What stands behind `://`, or the key `host` (`path` for `unix`, `command` for `command`, `name` for containers); empty
     /// when nothing does.
@@ -197,10 +198,10 @@ pub enum DialError {
         reason: String,
     },
     /// A program that should lead to the agent gave no connection.
-    #[error("{place} gives no connection: {reason}")]
+    #[error("`{what}` gives no connection: {reason}")]
     Program {
-        /// The place.
-        place: String,
+        /// The program, or the place that it should lead to.
+        what: String,
         /// How the program ended and what it said.
         reason: String,
         /// Whether dialling again is useless.
@@ -251,7 +252,7 @@ type Factory = Arc<dyn Fn(&Place) -> Result<Arc<dyn Reach>, PlaceError> + Send +
 static REGISTERED: RwLock<BTreeMap<String, Factory>> = RwLock::new(BTreeMap::new());
 
 /// The types that are always there.
-const BUILT_IN: [&str; 6] = ["command", "docker", "local", "podman", "tls", "unix"];
+const BUILT_IN: [&str; 7] = ["command", "docker", "local", "podman", "ssh", "tls", "unix"];
 
 /// Registers a type of streams under the name that definitions use, such as `vm` in `vm://rawhide`. A later registration
 /// of the same name replaces the earlier one; a type that is built in stays as it is.
@@ -289,6 +290,7 @@ pub(crate) fn resolve(place: &Place, surroundings: &Surroundings) -> Result<Arc<
         }
         "command" => Ok(Arc::new(command::Command::new(place)?)),
         "docker" | "podman" => Ok(Arc::new(container::Container::new(place)?)),
+        "ssh" => Ok(Arc::new(ssh::Ssh::new(place)?)),
         "tls" => Ok(Arc::new(tcp::Tls::new(place)?)),
         "unix" => Ok(Arc::new(unix::Unix::new(place)?)),
         kind => {
@@ -355,7 +357,7 @@ mod tests {
         let error = resolve(&Place::new("unx", "/run/x"), &surroundings()).unwrap_err().to_string();
         assert!(
             error.starts_with(
-                "stream type `unx` is unknown: use one of `command`, `docker`, `local`, `podman`, `tls`, `unix`"
+                "stream type `unx` is unknown: use one of `command`, `docker`, `local`, `podman`, `ssh`, `tls`, `unix`"
             ),
             "{error}"
         );

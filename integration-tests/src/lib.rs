@@ -12,5 +12,6 @@ pub mod machine;
 pub mod namespace;
 pub mod package;
 pub mod processes;
+pub mod sshd;
 pub mod tools;
 pub mod wait;

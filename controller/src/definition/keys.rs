@@ -29,7 +29,7 @@ pub(super) struct BuiltIn {
 }
 
 /// The types that are always there.
-pub(super) const BUILT_IN: [BuiltIn; 6] = [
+pub(super) const BUILT_IN: [BuiltIn; 7] = [
     BuiltIn {
         name: "command",
         address: Some("command"),
@@ -39,6 +39,13 @@ pub(super) const BUILT_IN: [BuiltIn; 6] = [
     BuiltIn { name: "docker", address: Some("name"), is_told_by_keys: true, keys: &container::KEYS },
     BuiltIn { name: "local", address: None, is_told_by_keys: false, keys: &[] },
     BuiltIn { name: "podman", address: Some("name"), is_told_by_keys: true, keys: &container::KEYS },
+    // Its user is the one who logs in, as whom blocks run.
+    BuiltIn {
+        name: "ssh",
+        address: Some("host"),
+        is_told_by_keys: false,
+        keys: &["host", "user", "port", "identity", "jump", "config", "options", "agent"],
+    },
     BuiltIn {
         name: "tls",
         address: Some("host"),
@@ -136,6 +143,9 @@ pub(super) fn check_address(definition: &Defined) -> Result<(), &'static str> {
         "tls" if address.trim_end_matches('/').is_empty() => {
             Err("write a host and, unless it is 7433, a port, as in `tls://host:7433`")
         }
+        "ssh" if address.trim_end_matches('/').is_empty() => {
+            Err("write a host, with a user or a port if need be, as in `ssh://tester@host:22`")
+        }
         "command" if address.is_empty() => Err(
             "write the command that leads to an agent, as in `command://ip netns exec blue millstream-agent stdio`",
         ),
@@ -192,7 +202,8 @@ pub(super) fn unknown_key(
     key: &str,
     own: Option<&'static [&'static str]>,
 ) -> DefinitionFault {
-    let known = || own.unwrap_or_default().iter().chain(&COMMON).copied();
+    let own = own.unwrap_or_default();
+    let known = || own.iter().chain(COMMON.iter().filter(|key| !own.contains(key))).copied();
     DefinitionFault::UnknownKey {
         name: name.to_string(),
         key: key.chars().take(64).collect(),

@@ -151,9 +151,9 @@ fn unknown_words_name_the_nearest() {
 
 #[test]
 fn a_type_that_is_not_built_in_takes_any_key() {
-    check("streams:\n  a: {type: ssh, host: bar.example.com, port: 22, identity: !file-shown ~/.ssh/id}\n", expect!["a = ssh://bar.example.com?identity=!file ~/.ssh/id&port=22"]);
-    check("streams:\n  a: ssh://tester@bar.example.com:2222?strict=no\n", expect!["a = ssh://tester@bar.example.com:2222?strict=no"]);
-    check("streams:\n  a: {type: ssh, host: x, timeout: soon}\n", expect!["lab.yaml:2:36: `timeout` of stream `a` is `soon`: write a duration such as `30s`, `2m`, `1h30m`, or a number of seconds"]);
+    check("streams:\n  a: {type: vm, host: bar.example.com, port: 22, identity: !file-shown ~/.ssh/id}\n", expect!["a = vm://bar.example.com?identity=!file ~/.ssh/id&port=22"]);
+    check("streams:\n  a: vm://tester@bar.example.com:2222?strict=no\n", expect!["a = vm://tester@bar.example.com:2222?strict=no"]);
+    check("streams:\n  a: {type: vm, host: x, timeout: soon}\n", expect!["lab.yaml:2:35: `timeout` of stream `a` is `soon`: write a duration such as `30s`, `2m`, `1h30m`, or a number of seconds"]);
     check("streams:\n  a: {type: a/b}\n", expect!["lab.yaml:2:13: `type` of stream `a` is `a/b`: write one word, such as `tls`"]);
     check_inline("a=vm://rawhide,b=local", expect![[r#"
         a = vm://rawhide
@@ -186,6 +186,24 @@ fn the_authority_may_be_called_ca_as_in_the_name_of_its_file() {
         "streams:\n  a: tls://x?ca=y&authority=z\n",
         expect!["lab.yaml:2:6: stream `a` has the address `tls://x?ca=y&authority=z`: it gives a key twice"],
     );
+}
+
+#[test]
+fn commands_have_words_and_whoever_logs_in_is_a_key_of_ssh() {
+    check(
+        r#"streams:
+  line: command://ip netns exec blue millstream-agent stdio?host=blue
+  words: {type: command, command: [nsenter, --net=/run/a b, sh], bring: yes}
+  far: {type: ssh, host: bar, user: tester, options: [A=1, B=2], cwd: /tmp}
+"#,
+        expect![[r#"
+            line = command://ip netns exec blue millstream-agent stdio?host=blue
+            words = command://nsenter '--net=/run/a b' sh?bring=yes
+            far = ssh://bar?options=A=1 B=2&user=tester Defaults { env: {}, cwd: Some("/tmp"), user: None, timeout: None, wrap: [], limits: ResourceLimits { memory_bytes: None, pids_count: None, cpu_millis: None }, on_failure: Continue }"#]],
+    );
+    check("streams:\n  a: ssh://\n", expect!["lab.yaml:2:6: stream `a` has the address `ssh://`: write a host, with a user or a port if need be, as in `ssh://tester@host:22`"]);
+    check("streams:\n  a: {type: command}\n", expect!["lab.yaml:2:3: stream `a` of type `command` lacks the key `command`"]);
+    check("streams:\n  a: {type: ssh, host: x, password: y}\n", expect!["lab.yaml:2:27: stream `a` has the unknown key `password`: use one of `host`, `user`, `port`, `identity`, `jump`, `config`, `options`, `agent`, `type`, `env`, `cwd`, `timeout`, `wrap`, `limits`, `on_failure`, `exclusive`, `wait`"]);
 }
 
 #[test]

@@ -25,7 +25,7 @@ use rustix::process::{Pid, PidfdFlags, Signal, kill_process_group, pidfd_open};
 use tokio::{
     io::{AsyncRead, AsyncReadExt as _, AsyncWrite, Interest, ReadBuf, unix::AsyncFd},
     net::unix::pipe,
-    sync::{oneshot, watch},
+    sync::{Notify, oneshot, watch},
     time::timeout,
 };
 use tokio_util::task::TaskTracker;
@@ -54,11 +54,14 @@ const NOISE_SHOWN_BYTES_MAX: usize = 200;
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Children {
     attended: TaskTracker,
+    /// Tells all of them to end.
+    ending: Arc<Notify>,
 }
 
 impl Children {
-    /// Waits until every child has ended whose pipe was dropped.
-    pub(crate) async fn ended(&self) {
+    /// Ends every child, whether its pipe was dropped or not, and waits until they are gone.
+    pub(crate) async fn end(&self) {
+        self.ending.notify_waiters();
         self.attended.close();
         self.attended.wait().await;
         self.attended.reopen();
@@ -90,8 +93,15 @@ impl Children {
         let listening = tokio::spawn(said.clone().listen(errors));
         let (status_in, status) = watch::channel(None);
         let (held, dropped) = oneshot::channel();
+        let ending = Arc::clone(&self.ending).notified_owned();
         self.attended.spawn(async move {
-            let status = running.attend(pidfd, dropped).await;
+            let given_up = async {
+                tokio::select! {
+                    _ = dropped => {}
+                    () = ending => {}
+                }
+            };
+            let status = running.attend(pidfd, given_up).await;
             // Whoever learns of the end finds the last words as well.
             let mut listening = listening;
             if timeout(LAST_WORDS_MAX, &mut listening).await.is_err() {
@@ -134,12 +144,12 @@ impl Running {
         let _gone = kill_process_group(self.pid(), signal);
     }
 
-    /// Waits for the end of the child, and ends it when the other side of the channel is dropped.
-    async fn attend(mut self, pidfd: AsyncFd<OwnedFd>, dropped: oneshot::Receiver<()>) -> ExitStatus {
+    /// Waits for the end of the child, and ends it when it was given up.
+    async fn attend(mut self, pidfd: AsyncFd<OwnedFd>, given_up: impl Future<Output = ()>) -> ExitStatus {
         let ended = || async { drop(pidfd.readable().await) };
         tokio::select! {
             () = ended() => {}
-            _ = dropped => {
+            () = given_up => {
                 if timeout(LEAVING_MAX, ended()).await.is_err() {
                     self.signal(Signal::TERM);
                     if timeout(ASKED_MAX, ended()).await.is_err() {
@@ -464,7 +474,7 @@ mod tests {
         pipe.read_exact(&mut got).await.unwrap();
         assert_eq!(&got, b"abcd");
         drop(pipe);
-        children.ended().await;
+        children.end().await;
     }
 
     #[tokio::test]
@@ -497,7 +507,7 @@ mod tests {
         let daemon: i32 = String::from_utf8_lossy(&output[..length]).trim().parse().unwrap();
         // The daemon has the standard output as well: the end of the pipe is not waited for either.
         drop(pipe);
-        timeout(Duration::from_secs(20), children.ended()).await.unwrap();
+        timeout(Duration::from_secs(20), children.end()).await.unwrap();
         kill_process_group(Pid::from_raw(daemon).unwrap(), Signal::KILL).unwrap();
     }
 
@@ -514,7 +524,7 @@ mod tests {
         let all_gone = tokio::task::spawn_blocking(move || std::fs::read(fifo));
         pipe.read_exact(&mut [0; 3]).await.unwrap();
         drop(pipe);
-        timeout(Duration::from_secs(20), children.ended()).await.unwrap();
+        timeout(Duration::from_secs(20), children.end()).await.unwrap();
         timeout(Duration::from_secs(20), all_gone).await.unwrap().unwrap().unwrap();
     }
 }

@@ -3,12 +3,9 @@
 //! With `bring: yes` the command is what goes in front of a shell of the place (`ip netns exec blue`, `nsenter …`,
 //! `kubectl exec -i pod --`), and the agent is brought there.
 
-use std::{future::Future, pin::Pin, process::Command as Process};
+use std::{future::Future, path::PathBuf, pin::Pin, process::Command as Process, time::Duration};
 
-use millstream_common::{
-    clock::{Ids as _, SystemIds},
-    limits, text,
-};
+use millstream_common::{limits, text};
 
 use super::{
     DialError, Dialing, Place, PlaceError, Reach, address_error,
@@ -56,48 +53,30 @@ impl Command {
     }
 
     fn failed(&self, reason: String, is_final: bool) -> DialError {
-        DialError::Program { place: self.describe(), reason, is_final }
+        DialError::Program { what: self.words[0].clone(), reason, is_final }
     }
 }
 
 impl Reach for Command {
     fn dial(&self) -> Dialing<'_> {
         Box::pin(async {
-            let program = match &self.bring {
-                Some(agent) => {
-                    let found = program::find(agent.as_deref()).await;
-                    Some(found.map_err(|error| self.failed(error.to_string(), true))?)
-                }
-                None => None,
-            };
             let mut command = Process::new(&self.words[0]);
             command.args(&self.words[1..]);
-            if program.is_some() {
+            if let Some(agent) = &self.bring {
                 command.arg("sh");
+                let dialled = program::dial(&self.children, command, agent.as_deref()).await;
+                return dialled.map(|pipe| Box::new(pipe) as _).map_err(|error| {
+                    let not_found = matches!(&error, BringError::Answer(error) if is_not_found(error));
+                    self.failed(error.to_string(), not_found || error.is_final())
+                });
             }
             let spawned = self.children.spawn(command);
-            let mut pipe = spawned.map_err(|error| {
-                let reason = format!(
-                    "`{}` cannot be started: {}",
-                    self.words[0],
-                    millstream_common::tls::reason(&error)
-                );
-                self.failed(reason, true)
+            let mut pipe = spawned.map_err(|source| {
+                let error = BringError::Spawn { program: PathBuf::from(&self.words[0]), source };
+                self.failed(error.to_string(), true)
             })?;
-            match program {
-                Some(program) => {
-                    let brought = program::bring(&mut pipe, &program, &SystemIds.token()).await;
-                    brought.map_err(|error| {
-                        let is_final = error.is_final()
-                            || matches!(&error, BringError::Answer(error) if is_not_found(error));
-                        self.failed(error.to_string(), is_final)
-                    })?;
-                }
-                None => {
-                    let answered = pipe.answer(PLAIN).await;
-                    answered.map_err(|error| self.failed(error.to_string(), is_not_found(&error)))?;
-                }
-            }
+            let answered = pipe.answer(PLAIN).await;
+            answered.map_err(|error| self.failed(error.to_string(), is_not_found(&error)))?;
             Ok(Box::new(pipe) as _)
         })
     }
@@ -111,12 +90,12 @@ impl Reach for Command {
         self.host.clone()
     }
 
-    fn dial_max(&self) -> std::time::Duration {
+    fn dial_max(&self) -> Duration {
         limits::REACH_MAX
     }
 
     fn release(&self) -> Pin<Box<dyn Future<Output = ()> + Send + '_>> {
-        Box::pin(self.children.ended())
+        Box::pin(self.children.end())
     }
 }
 

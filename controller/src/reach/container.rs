@@ -185,7 +185,7 @@ impl Container {
     }
 
     fn failed(&self, reason: String, is_final: bool) -> DialError {
-        DialError::Program { place: self.describe(), reason, is_final }
+        DialError::Program { what: self.describe(), reason, is_final }
     }
 }
 
@@ -338,7 +338,7 @@ impl Reach for Container {
                 }
             });
             let _the_runtime_ended = giving_back.await;
-            self.children.ended().await;
+            self.children.end().await;
         })
     }
 }

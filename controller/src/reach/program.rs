@@ -15,10 +15,12 @@ use std::{
     os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
     pin::pin,
+    process::Command,
     sync::{Arc, Mutex, PoisonError},
 };
 
 use millstream_common::{
+    clock::{Ids as _, SystemIds},
     protocol::VERSION,
     text::{hex, quoted},
 };
@@ -28,7 +30,7 @@ use tokio::{
     task::spawn_blocking,
 };
 
-use super::child::{Answer, AnswerError, ChildPipe, Ended, is_greeting};
+use super::child::{Answer, AnswerError, ChildPipe, Children, Ended, is_greeting};
 use crate::entry;
 
 /// Names the program, after the definition and before everything that is found.
@@ -47,6 +49,21 @@ const PIECE_BYTES: usize = 256 * 1024;
 const MACHINES: [(u16, &str); 6] =
     [(3, "i686"), (21, "ppc64le"), (22, "s390x"), (62, "x86_64"), (183, "aarch64"), (243, "riscv64")];
 
+/// Starts what leads to a shell of the place, and makes the shell a relay to an agent, whose program is brought unless it is
+/// there.
+pub(crate) async fn dial(
+    children: &Children,
+    shell: Command,
+    named: Option<&str>,
+) -> Result<ChildPipe, BringError> {
+    let program = find(named).await?;
+    let leads_there = PathBuf::from(shell.get_program());
+    let spawned = children.spawn(shell);
+    let mut pipe = spawned.map_err(|source| BringError::Spawn { program: leads_there, source })?;
+    bring(&mut pipe, &program, &SystemIds.token()).await?;
+    Ok(pipe)
+}
+
 /// Why no program can be brought, or why it does not begin on its host.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum BringError {
@@ -55,6 +72,15 @@ pub(crate) enum BringError {
         "there is no program to bring: `millstream-agent` is neither beside this program nor in PATH, and this program has no entry. Name one with `agent:` or {VARIABLE}, or add the line `millstream::entry!();` to the file of the test"
     )]
     NoProgram,
+    /// What leads to the shell cannot be started.
+    #[error("`{}` cannot be started: {}", program.display(), millstream_common::tls::reason(source))]
+    Spawn {
+        /// The program that should lead there.
+        program: PathBuf,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
     /// It cannot be read.
     #[error("the program `{}` cannot be brought: {}", path.display(), millstream_common::tls::reason(source))]
     Read {
@@ -91,7 +117,11 @@ impl BringError {
     /// Whether trying again is useless.
     pub(crate) fn is_final(&self) -> bool {
         match self {
-            Self::NoProgram | Self::Read { .. } | Self::Machine { .. } | Self::DoesNotRun { .. } => true,
+            Self::NoProgram
+            | Self::Spawn { .. }
+            | Self::Read { .. }
+            | Self::Machine { .. }
+            | Self::DoesNotRun { .. } => true,
             Self::Answer(AnswerError::Terminal | AnswerError::Noise { .. }) => true,
             Self::Answer(AnswerError::Ended { ended, .. }) => ended.code() == Some(EXIT_USELESS),
             Self::Answer(AnswerError::Broken { .. }) => false,
@@ -140,7 +170,7 @@ pub(crate) async fn find(named: Option<&str>) -> Result<Arc<Program>, BringError
 }
 
 /// A path as people write it.
-fn in_home(path: &str) -> PathBuf {
+pub(crate) fn in_home(path: &str) -> PathBuf {
     match (path.strip_prefix("~/"), env::var_os("HOME")) {
         (Some(rest), Some(home)) => PathBuf::from(home).join(rest),
         _ => PathBuf::from(path),
@@ -210,7 +240,7 @@ fn machine(head: &[u8]) -> Option<&'static str> {
 }
 
 /// Makes the shell behind a pipe the relay to an agent; brings the program when it is not there.
-pub(crate) async fn bring(pipe: &mut ChildPipe, program: &Program, token: &str) -> Result<(), BringError> {
+async fn bring(pipe: &mut ChildPipe, program: &Program, token: &str) -> Result<(), BringError> {
     // Whoever refuses to read has ended or does so: the answer says why.
     let _told = pipe.write_all(program.script(token).as_bytes()).await;
     let mut answer = program.answer(pipe, token).await?;

@@ -146,7 +146,7 @@ fn revocations(option: Option<String>) -> Option<PathBuf> {
 }
 
 /// `host`, `host:port`, `[v6]`, `[v6]:port` or a bare IPv6 address.
-fn split(address: &str) -> Option<(String, Option<u16>)> {
+pub(super) fn split(address: &str) -> Option<(String, Option<u16>)> {
     let address = address.strip_suffix('/').unwrap_or(address);
     let (host, port) = if let Some(rest) = address.strip_prefix('[') {
         let (host, rest) = rest.split_once(']')?;

@@ -6,10 +6,11 @@ use std::{
     process::Command,
 };
 
-use millstream::{Definition, Params, Result, Streams, shell};
+use millstream::{Definition, Params, Result, Streams, conformance::check, shell};
 use millstream_integration_tests::{lab::Lab, processes, tools};
 
 use crate::{
+    conformance::{is_sound, survivor},
     on_demand::{Program, relays_of, wait_until_gone},
     support::{Ticker, block_on},
 };
@@ -268,4 +269,11 @@ fn a_home_from_which_nothing_can_be_run_is_passed_over() {
     assert!(copy.is_file());
     wait_until_gone(&copy);
     fs::remove_file(&copy).unwrap();
+}
+
+#[test]
+fn a_place_behind_a_command_is_sound() {
+    let program = Program::new();
+    is_sound(check(format!("command://{} stdio", program.path().display())), &survivor());
+    program.wait_until_gone();
 }

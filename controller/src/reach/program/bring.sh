@@ -21,7 +21,7 @@ set -- "${XDG_CACHE_HOME:-${HOME:-/nonexistent}/.cache}/millstream" "/tmp/millst
 	"/var/tmp/millstream-$user-programs"
 for place in "$@"; do
 	if mine "$place" && [ -f "$place/$name" ] && [ -O "$place/$name" ] && [ -x "$place/$name" ]; then
-		touch "$place/$name" 2>/dev/null
+		touch -a "$place/$name" 2>/dev/null
 		become "$place/$name"
 	fi
 done
@@ -56,7 +56,7 @@ trap - EXIT HUP INT TERM
 # The five that were used last stay; what was cut off with its shell goes after a day.
 (
 	cd "$chosen" || exit
-	ls -t | grep '^agent-' | tail -n +6 | while read -r old; do rm -f "$old"; done
+	ls -tu | grep '^agent-' | tail -n +6 | while read -r old; do rm -f "$old"; done
 	find . -name 'new-*' -mtime +0 -exec rm -f {} +
 ) </dev/null >/dev/null 2>&1
 become "$chosen/$name"
