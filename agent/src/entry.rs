@@ -218,15 +218,16 @@ fn shell_quoted(word: &OsStr) -> Vec<u8> {
 #[expect(unsafe_code, reason = "descriptors can be moved only between fork and exec")]
 fn move_outputs_at_exec(command: &mut Command) {
     let moving = || {
-        let null = rustix::fs::open(c"/dev/null", rustix::fs::OFlags::WRONLY, rustix::fs::Mode::empty())?;
+        let null = {
+            let opened =
+                rustix::fs::open(c"/dev/null", rustix::fs::OFlags::WRONLY, rustix::fs::Mode::empty())?;
+            // It may be 3 or 4, which the outputs are about to become.
+            rustix::io::fcntl_dupfd_cloexec(&opened, MOVED_STDERR + 1)?
+        };
         copy_descriptor(1, MOVED_STDOUT)?;
         copy_descriptor(2, MOVED_STDERR)?;
         rustix::stdio::dup2_stdout(&null)?;
         rustix::stdio::dup2_stderr(&null)?;
-        // It may have been opened as 3 or 4 and is then one of the moved outputs already.
-        if std::os::fd::AsRawFd::as_raw_fd(&null) <= MOVED_STDERR {
-            std::mem::forget(null);
-        }
         Ok(())
     };
     // SAFETY: the closure only makes system calls that are safe between fork and exec: it allocates nothing and takes no
@@ -405,6 +406,25 @@ pub(crate) mod tests {
         assert_eq!(String::from_utf8(output.stdout).unwrap(), "[\"one\", \"two words\", \"\"] None\n");
         assert_eq!(String::from_utf8(output.stderr).unwrap(), "to standard error\n");
         assert_eq!(output.status.code(), Some(7));
+    }
+
+    /// Whoever starts a program need not have anything open where the outputs are moved to.
+    #[test]
+    #[expect(unsafe_code, reason = "descriptors can be closed only between fork and exec")]
+    fn outputs_are_moved_where_nothing_was_open() {
+        let mut command = Command::new("/bin/sh");
+        command.args(["-c", "echo the harness; echo moved >&3; echo too >&4"]);
+        // SAFETY: two system calls. What is closed belongs to the other process, which uses none of it any more.
+        unsafe {
+            command.pre_exec(|| {
+                [MOVED_STDOUT, MOVED_STDERR].into_iter().for_each(|number| rustix::io::close(number));
+                Ok(())
+            });
+        }
+        move_outputs_at_exec(&mut command);
+        let output = command.output().unwrap();
+        assert_eq!(String::from_utf8(output.stdout).unwrap(), "moved\n");
+        assert_eq!(String::from_utf8(output.stderr).unwrap(), "too\n");
     }
 
     #[test]
