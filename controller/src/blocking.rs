@@ -112,11 +112,21 @@ pub trait BlockingStream {
     /// # Errors
     /// When the task ended unexpectedly.
     fn run_fg_blocking(&self, block: impl Into<Block>) -> std::result::Result<Arc<Outcome>, UnexpectedEnd>;
+
+    /// As [`Stream::close`].
+    ///
+    /// # Errors
+    /// When something could not be tidied.
+    fn close_blocking(&self) -> crate::Result<()>;
 }
 
 impl BlockingStream for Stream {
     fn run_fg_blocking(&self, block: impl Into<Block>) -> std::result::Result<Arc<Outcome>, UnexpectedEnd> {
         block_on(self.run_fg(block))
+    }
+
+    fn close_blocking(&self) -> crate::Result<()> {
+        block_on(self.close())
     }
 }
 

@@ -35,6 +35,7 @@ use crate::{
     streams::{StreamShared, TestShared},
     sync::host::SyncHost,
     task::{Stage, TaskShared},
+    topology::Topology,
 };
 
 mod cut;
@@ -44,6 +45,7 @@ mod handle;
 mod links;
 pub(crate) mod mailbox;
 mod prepare;
+mod retire;
 pub(crate) mod scribe;
 mod together;
 
@@ -51,6 +53,7 @@ use cut::Cut;
 pub(crate) use handle::{Blocked, Handle, Input, Schedule, handle};
 use mailbox::Mailbox;
 pub(crate) use prepare::Ready;
+use retire::Retired;
 use scribe::{Recorder, Scribe};
 use together::Together;
 
@@ -81,6 +84,9 @@ enum LinkPhase {
     Opening,
     Up,
     Suspended,
+    /// Its session is being closed because no stream needs it now.
+    Closing,
+    /// For good.
     Closed,
 }
 
@@ -177,6 +183,10 @@ pub(crate) struct Driver {
     links: Vec<LinkState>,
     together: Together,
     streams: BTreeMap<usize, StreamState>,
+    /// Those that were closed.
+    retired: BTreeMap<usize, Retired>,
+    /// What blocks are told of the streams, and of how many; none when that has changed.
+    topology: Option<(usize, Topology)>,
     works: HashMap<TaskId, Work>,
     reports: BTreeMap<u32, TaskReport>,
     /// Tasks of streams that blocks ran themselves.
@@ -199,6 +209,8 @@ impl Driver {
             links: Vec::new(),
             together: Together::default(),
             streams: BTreeMap::new(),
+            retired: BTreeMap::new(),
+            topology: None,
             works: HashMap::new(),
             reports: BTreeMap::new(),
             nested: Vec::new(),
@@ -253,6 +265,7 @@ impl Driver {
             Input::Compiled { task, result } => self.compiled(task, result),
             Input::Link { link, report } => self.link_said(link, report),
             Input::Written(written) => self.written(*written),
+            Input::Retire { stream, answer } => self.retire(stream, answer),
             Input::Close => self.close(),
         }
     }
@@ -297,7 +310,7 @@ impl Driver {
             let end =
                 TaskEnd::never_begun(OutcomeKind::Cancelled, Reason::SessionClosed, "the streams are closed");
             self.complete(task.id, end, None);
-        } else if let Some(cut) = self.cut() {
+        } else if let Some(cut) = self.cut(index) {
             self.cut_before_it_began(task.id, cut);
         } else {
             if let Some(state) = self.streams.get_mut(&index) {
@@ -425,7 +438,7 @@ impl Driver {
         }
         self.closing = true;
         for link in &self.links {
-            link.link.order(Order::Close);
+            link.link.order(Order::Close { for_good: true });
         }
         if self.links.is_empty() {
             self.finish_remaining();
@@ -479,7 +492,7 @@ impl Driver {
         }
         match self.links[link].phase {
             LinkPhase::Idle => self.ask_for(link),
-            LinkPhase::Opening | LinkPhase::Closed => {}
+            LinkPhase::Opening | LinkPhase::Closing | LinkPhase::Closed => {}
             LinkPhase::Up => self.feed_later(stream, &[Event::SessionOpened]),
             LinkPhase::Suspended => self.feed_later(stream, &[Event::SessionOpened, Event::SessionSuspended]),
         }

@@ -164,8 +164,8 @@ enum Break {
     Connection(String),
     /// The session: it is gone for good.
     Session { why: String, reason: Reason },
-    /// The driver wants it closed.
-    Close,
+    /// The driver wants it closed, and the link to end `for_good`.
+    Close { for_good: bool },
 }
 
 struct Loop {
@@ -191,9 +191,12 @@ impl Loop {
             for order in self.orders.take().await {
                 match order {
                     Order::Connect => connect = true,
-                    Order::Close => {
+                    Order::Close { for_good } => {
+                        connect = false;
                         let left = self.close_previous().await;
-                        return self.end(left).await;
+                        if self.closed(left, for_good).await {
+                            return;
+                        }
                     }
                     // They are about a session that is gone, and the driver knows by now.
                     _ => {}
@@ -209,13 +212,19 @@ impl Loop {
         (self.reports)(report).await;
     }
 
-    async fn end(&self, left_behind: Vec<String>) {
-        self.orders.close();
+    /// The session is closed: the link ends when that was for good, which is what comes back.
+    async fn closed(&mut self, left_behind: Vec<String>, for_good: bool) -> bool {
         self.options.holdings.let_go(&self.reach.describe());
-        if timeout(limits::CLOSE_MAX, self.reach.release()).await.is_err() {
-            warn!(place = self.reach.describe(), "what the reach started did not end in time");
+        if for_good {
+            self.orders.close();
+            if timeout(limits::CLOSE_MAX, self.reach.release()).await.is_err() {
+                warn!(place = self.reach.describe(), "what the reach started did not end in time");
+            }
+        } else {
+            self.forget_pending();
         }
-        self.report(Report::Closed { left_behind }).await;
+        self.report(Report::Closed { left_behind, for_good }).await;
+        for_good
     }
 
     /// One session from its opening to its end. True when the link itself is to end.
@@ -225,11 +234,10 @@ impl Loop {
         let deadline = self.world.clock.now() + limits::REACH_MAX;
         let (connection, opened, belief) = match self.reach_host(&session, false, 1, deadline).await {
             Ok(reached) => reached,
-            Err(Break::Close) => {
+            Err(Break::Close { for_good }) => {
                 self.doubt(session);
                 let left = self.close_previous().await;
-                self.end(left).await;
-                return true;
+                return self.closed(left, for_good).await;
             }
             Err(Break::Connection(why) | Break::Session { why, .. }) => {
                 self.doubt(session);
@@ -259,11 +267,10 @@ impl Loop {
             let why = self.serve(&connection, &shared, &belief, &mut bulk, &mut attempts).await;
             connections.send_replace(None);
             let why = match why {
-                Break::Close => {
+                Break::Close { for_good } => {
                     let left = self.close(connection.control.clone(), &connection.session).await;
                     drop(bulk);
-                    self.end(left).await;
-                    return true;
+                    return self.closed(left, for_good).await;
                 }
                 Break::Session { why, reason } => {
                     self.lose(&session, why, reason).await;
@@ -290,12 +297,11 @@ impl Loop {
                     self.report(Report::Clock(opened.clock)).await;
                     self.report(Report::Resumed).await;
                 }
-                Err(Break::Close) => {
+                Err(Break::Close { for_good }) => {
                     drop(bulk);
                     self.previous = Some(session);
                     let left = self.close_previous().await;
-                    self.end(left).await;
-                    return true;
+                    return self.closed(left, for_good).await;
                 }
                 Err(Break::Session { why, reason }) => {
                     self.lose(&session, why, reason).await;
@@ -327,12 +333,12 @@ impl Loop {
         self.report(Report::Lost { why, reason }).await;
     }
 
-    /// Drops orders about tasks that are lost with the session; not the one to close.
+    /// Drops orders about tasks that are lost with the session; not those to close.
     fn forget_pending(&mut self) {
-        let close = self.pending.iter().any(|order| matches!(order, Order::Close));
-        self.pending.clear();
-        if close && self.orders.put(Order::Close).is_err() {
-            debug!("the link has ended already");
+        for order in std::mem::take(&mut self.pending) {
+            if matches!(order, Order::Close { .. }) && self.orders.put(order).is_err() {
+                debug!("the link has ended already");
+            }
         }
     }
 
@@ -402,24 +408,14 @@ impl Loop {
     /// Waits, but not past the order to close. Other orders are kept for later.
     async fn unless_closed<T>(&mut self, work: impl Future<Output = T>) -> Result<T, Break> {
         let mut work = pin!(work);
-        if self.pending.iter().any(|order| matches!(order, Order::Close)) {
-            return Err(Break::Close);
-        }
         loop {
+            let close = self.pending.iter().position(|order| matches!(order, Order::Close { .. }));
+            if let Some(Order::Close { for_good }) = close.and_then(|place| self.pending.remove(place)) {
+                return Err(Break::Close { for_good });
+            }
             tokio::select! {
                 done = &mut work => return Ok(done),
-                orders = self.orders.take() => {
-                    let mut close = false;
-                    for order in orders {
-                        match order {
-                            Order::Close => close = true,
-                            order => self.pending.push_back(order),
-                        }
-                    }
-                    if close {
-                        return Err(Break::Close);
-                    }
-                }
+                orders = self.orders.take() => self.pending.extend(orders),
             }
         }
     }
@@ -511,7 +507,7 @@ impl Loop {
         match order {
             // There is a session: nothing to do.
             Order::Connect => {}
-            Order::Close => return Err(Break::Close),
+            Order::Close { for_good } => return Err(Break::Close { for_good }),
             Order::Upload { task, uploads, sending } => bulk.upload(task, uploads, sending),
             Order::Release { task } => {
                 lock(&shared.progress).remove(&task);

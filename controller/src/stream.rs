@@ -8,7 +8,7 @@ use crate::{
     block::Block,
     error::UnexpectedEnd,
     outcome::Outcome,
-    streams::{Core, StreamShared},
+    streams::{CloseError, Core, StreamShared},
     task::{Prepared, Running, Stage, Task, expected},
 };
 
@@ -110,6 +110,24 @@ impl Stream {
         let outcomes = self.core.outcomes_of(self.name());
         let outcomes: Vec<&Outcome> = outcomes.iter().map(AsRef::as_ref).collect();
         serde_json::to_value(outcomes).expect("outcomes are plain data")
+    }
+
+    /// Ends the stream while the test goes on: what runs there is stopped, what waits is cancelled, and nothing begins there
+    /// any more. When no other stream is at its place, the session there is closed, so that the host is clean and, if it
+    /// was reserved, free for others. Barriers of all streams count it no longer. What its reach has made stays until the
+    /// end of the test, which closes every stream that is still open, in any order. Closing it again changes nothing.
+    ///
+    /// # Errors
+    /// [`Error::Close`](crate::Error::Close) when something could not be tidied.
+    ///
+    /// # Cancel safety
+    /// Once polled the stream is closed, whether or not the future is dropped.
+    pub async fn close(&self) -> crate::Result<()> {
+        match self.core.close_stream(self.index()).await {
+            Ok(left_behind) if !left_behind.is_empty() => Err(CloseError { left_behind }.into()),
+            // The test has ended meanwhile, and all its streams with it.
+            Ok(_) | Err(_) => Ok(()),
+        }
     }
 
     /// Schedules a block, ships its files and creates its process, and holds it there: starting it is one message. It

@@ -207,7 +207,7 @@ impl Streams {
     /// Number of defined streams.
     #[must_use]
     pub fn len(&self) -> usize {
-        self.core.shared.lock().streams.len()
+        self.core.shared.streams_count()
     }
 
     /// Whether no stream is defined.

@@ -14,9 +14,9 @@ use std::{
 };
 
 use millstream::{
-    Definition, OutcomeKind, Params, StreamError, StreamGroup, Streams, StreamsBuilder,
-    blocking::BlockingStreams as _,
-    exec,
+    Definition, OutcomeKind, Params, Reason, StreamError, StreamGroup, Streams, StreamsBuilder,
+    blocking::{BlockingStream as _, BlockingStreams as _, BlockingTask as _},
+    exec, python,
     reach::{self, DialError, Dialing, PlaceError, Reach},
     shell,
 };
@@ -45,6 +45,7 @@ fn names(group: &StreamGroup) -> Vec<&str> {
 struct Counted {
     dialled: AtomicUsize,
     released: AtomicUsize,
+    described: AtomicUsize,
 }
 
 impl Reach for Counted {
@@ -55,6 +56,7 @@ impl Reach for Counted {
     }
 
     fn describe(&self) -> String {
+        self.described.fetch_add(1, Ordering::SeqCst);
         format!("counted://{self:p}")
     }
 
@@ -298,6 +300,32 @@ fn tests_are_closed_in_any_order_and_handles_outlive_them() {
 }
 
 #[test]
+fn streams_are_closed_in_any_order_while_the_others_run() {
+    let lab = lab(|builder| builder.stream("a", "local").stream("b", "local").stream("c", "local"));
+    let stream = |name: &str| lab.streams.get(name).unwrap();
+    let met = "millstream-sync barrier everybody all";
+    for name in ["a", "b", "c"] {
+        stream(name).run_bg(shell(met));
+    }
+    lab.streams.wait_blocking().unwrap();
+    let service = stream("a").run_bg(shell("echo up; exec sleep 1000"));
+    service.ready_blocking(millstream::Ready::log("up")).unwrap();
+    stream("a").close_blocking().unwrap();
+    let outcome = service.outcome_blocking();
+    assert_eq!((outcome.kind, outcome.reason), (OutcomeKind::Stopped, Reason::SessionClosed), "{outcome}");
+    // It is no party any more.
+    stream("c").run_bg(shell(met));
+    stream("b").run_fg_blocking(shell(met)).unwrap();
+    stream("c").close_blocking().unwrap();
+    stream("b").close_blocking().unwrap();
+    // There is no session on this machine now, until somebody needs one.
+    let again = lab.streams.add("d", "local").unwrap();
+    assert_eq!(again.run_fg_blocking(shell("echo again")).unwrap().stdout(), "again\n");
+    lab.streams.wait_blocking().unwrap();
+    lab.streams.close_blocking().unwrap();
+}
+
+#[test]
 fn streams_are_added_while_others_run() {
     let lab = lab(|builder| builder);
     let running = lab.streams.get("a").unwrap().run_bg(shell("millstream-sync barrier met 2"));
@@ -419,4 +447,30 @@ fn ten_thousand_streams_are_defined_and_none_is_made() {
     assert_eq!(lab.streams.slice(5..15).unwrap().len(), 10);
     lab.streams.close_blocking().unwrap();
     assert_eq!(MADE.load(Ordering::SeqCst), 0);
+}
+
+#[test]
+fn many_streams_are_told_to_many_blocks_once() {
+    const STREAMS: usize = 2_000;
+    const TASKS: usize = 10;
+    let reach = Arc::new(Counted::default());
+    let lab = lab(|builder| {
+        let add = |builder: StreamsBuilder, number| {
+            builder.stream(format!("s{number}"), Arc::clone(&reach) as Arc<dyn Reach>)
+        };
+        (0..STREAMS).fold(builder.stream("here", "local"), add)
+    });
+    let here = lab.streams.get("here").unwrap();
+    let count = "import millstream; print(len(millstream.topology()['streams']))";
+    for _ in 0..TASKS {
+        here.run_bg(python(count));
+    }
+    for outcome in lab.streams.wait_blocking().unwrap().outcomes {
+        assert_eq!(outcome.stdout(), format!("{}\n", STREAMS + 1));
+    }
+    // Once before this machine was reached, at most, and once after it.
+    let described = reach.described.load(Ordering::SeqCst);
+    assert!(described <= 2 * STREAMS, "{described} times");
+    assert_eq!(reach.dialled.load(Ordering::SeqCst), 0);
+    lab.streams.close_blocking().unwrap();
 }

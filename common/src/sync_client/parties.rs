@@ -29,8 +29,8 @@ impl Parties {
         Self::Group { more: 0 }
     }
 
-    /// Every defined stream of the test, whether or not anything was run on it yet: one party each. As many as are defined
-    /// when the first party of a meeting enters, so a test defines them before it runs anything that meets: one that comes
+    /// Every defined stream of the test that was not closed, whether or not anything was run on it yet: one party each. As
+    /// many as are defined when the first party of a meeting enters, so a test defines them before it runs anything that meets: one that comes
     /// later is a party of the next meeting.
     #[must_use]
     pub fn all() -> Self {

@@ -13,7 +13,7 @@ use millstream_common::{
 };
 
 use super::{Block, Kind, payload, reference::ResolveError};
-use crate::definition::Defaults;
+use crate::{definition::Defaults, topology::Topology};
 
 mod files;
 
@@ -35,8 +35,8 @@ pub(crate) struct Surroundings {
     pub(crate) is_local: bool,
     /// What the stream's definition says about everything that runs in it.
     pub(crate) defaults: Defaults,
-    /// Every defined stream with its host and addresses: JSON.
-    pub(crate) topology: Bytes,
+    /// Every defined stream with its host and addresses.
+    pub(crate) topology: Topology,
 }
 
 /// A block ready to be sent.
@@ -286,7 +286,7 @@ impl Block {
             files.python_module()?;
         }
         self.parameters(&mut files, &mut environment)?;
-        files.generated("topology.json", "MILLSTREAM_TOPOLOGY", surroundings.topology.clone())?;
+        files.topology("topology.json", "MILLSTREAM_TOPOLOGY", &surroundings.topology)?;
         check_environment(&environment)?;
 
         let (head, tail) = self.log_quota.unwrap_or((limits::LOG_HEAD_BYTES, limits::LOG_TAIL_BYTES));

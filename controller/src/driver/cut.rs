@@ -1,4 +1,5 @@
-//! What ends tasks from outside: the deadline of the test, and the first failure in a test that fails fast.
+//! What ends tasks from outside: the deadline of the test, the first failure in a test that fails fast, and the closing of
+//! their stream.
 
 use millstream_common::{
     id::TaskId,
@@ -7,7 +8,7 @@ use millstream_common::{
 };
 use tracing::{info, warn};
 
-use super::{DEADLINE_GRACE, Driver};
+use super::{DEADLINE_GRACE, Driver, Work};
 use crate::{outcome::CausedBy, queue::Event};
 
 /// Why a task is ended from outside.
@@ -17,15 +18,19 @@ pub(super) enum Cut {
     Deadline,
     /// Another task ended unexpectedly, and the test fails fast.
     FailFast,
+    /// Its stream was closed.
+    Closed,
 }
 
 impl Driver {
-    /// Why a task that is scheduled now does not begin.
-    pub(super) fn cut(&self) -> Option<Cut> {
+    /// Why a task that is scheduled on a stream now does not begin.
+    pub(super) fn cut(&self, stream: usize) -> Option<Cut> {
         if self.deadline_passed {
             Some(Cut::Deadline)
+        } else if self.first_failure.is_some() {
+            Some(Cut::FailFast)
         } else {
-            self.first_failure.is_some().then_some(Cut::FailFast)
+            self.retired.contains_key(&stream).then_some(Cut::Closed)
         }
     }
 
@@ -49,6 +54,10 @@ impl Driver {
             Cut::FailFast => {
                 TaskEnd::never_begun(OutcomeKind::Cancelled, Reason::FailFast, self.fail_fast_text())
             }
+            Cut::Closed => {
+                let detail = "its stream was closed before it began";
+                TaskEnd::never_begun(OutcomeKind::Cancelled, Reason::SessionClosed, detail)
+            }
         }
     }
 
@@ -71,7 +80,7 @@ impl Driver {
         warn!("{}", self.deadline_text());
         self.deadline_passed = true;
         self.deadline = self.setup.world.clock.now() + DEADLINE_GRACE;
-        self.end_everything(Cut::Deadline);
+        self.end_tasks(Cut::Deadline, |_| true);
     }
 
     /// A task ended unexpectedly: the first one ends all others in a test that fails fast.
@@ -91,17 +100,20 @@ impl Driver {
             self.failed_fast = true;
             info!("{}", self.fail_fast_text());
             self.debug_line(&self.fail_fast_text());
-            self.end_everything(Cut::FailFast);
+            self.end_tasks(Cut::FailFast, |_| true);
         }
     }
 
-    fn end_everything(&mut self, cut: Cut) {
+    /// Ends those tasks that are meant.
+    pub(super) fn end_tasks(&mut self, cut: Cut, meant: impl Fn(&Work) -> bool) {
         let now = self.setup.world.clock.now();
         let mut tasks: Vec<(u32, TaskId)> = self
             .works
             .iter()
             // What ends or is being ended on request keeps its own reason; a deadline spares nobody.
-            .filter(|(_, work)| !work.told && (cut == Cut::Deadline || work.stopping.is_none()))
+            .filter(|(_, work)| {
+                meant(work) && !work.told && (cut == Cut::Deadline || work.stopping.is_none())
+            })
             .map(|(&task, work)| (work.shared.test_number, task))
             .collect();
         // The last first, so that none of them moves up meanwhile.
@@ -126,6 +138,9 @@ impl Driver {
         if work.cut == Some(Cut::FailFast) && told_to_end {
             end.reason = Reason::FailFast;
             end.detail = self.fail_fast_text();
+        }
+        if work.cut == Some(Cut::Closed) && told_to_end {
+            end.reason = Reason::SessionClosed;
         }
         let cause = match end.reason {
             Reason::FailFast => self.first_failure.as_ref().map(|(cause, _)| cause.clone()),

@@ -130,6 +130,7 @@ impl Driver {
         }
         self.setup.shared.finished(outcome);
         work.shared.stage.send_replace(Stage::Finished);
+        self.settle_retired(work.stream);
     }
 
     pub(super) fn debug_line(&self, text: &str) {

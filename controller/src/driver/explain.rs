@@ -106,7 +106,7 @@ impl Driver {
                     spoken(self.since(link.since))
                 )
             }
-            LinkPhase::Idle | LinkPhase::Up | LinkPhase::Closed => {
+            LinkPhase::Idle | LinkPhase::Up | LinkPhase::Closing | LinkPhase::Closed => {
                 format!("waits for a session with {}", link.place)
             }
         };
@@ -122,6 +122,7 @@ impl Driver {
                 let why = match work.cut {
                     Some(Cut::Deadline) => ", because the test has reached its deadline",
                     Some(Cut::FailFast) => ", because another task failed and this test fails fast",
+                    Some(Cut::Closed) => ", because its stream is being closed",
                     None => "",
                 };
                 format!("was told to stop {} ago on {}{why}", spoken(self.since(begin)), link.place)

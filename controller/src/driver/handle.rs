@@ -13,7 +13,7 @@ use millstream_common::id::TaskId;
 use tokio::{sync::oneshot, task::JoinHandle};
 use tracing::debug;
 
-use super::{Ready, mailbox::Mailbox, scribe::Written};
+use super::{Ready, mailbox::Mailbox, retire::Tidied, scribe::Written};
 use crate::{
     block::{Block, BlockError},
     link::Report,
@@ -41,6 +41,8 @@ pub(crate) enum Input {
     Link { link: usize, report: Report },
     /// The files of a task are complete.
     Written(Box<Written>),
+    /// A stream is to be closed while the test goes on.
+    Retire { stream: usize, answer: Tidied },
     /// The test is over.
     Close,
 }

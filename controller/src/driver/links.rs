@@ -12,14 +12,23 @@ use crate::{
     link::{Order, Report},
     outcome::CausedBy,
     queue::Event,
+    streams::StreamShared,
     task::Stage,
 };
 
 impl Driver {
     pub(super) fn link_said(&mut self, link: usize, report: Report) {
         match report {
+            // Crossed with the order to close the session: what is said of it concerns nobody any more.
+            Report::Opened(_)
+            | Report::Suspended
+            | Report::Resumed
+            | Report::Lost { .. }
+            | Report::InLine { .. }
+                if self.links[link].phase == LinkPhase::Closing => {}
             Report::Opened(opened) => {
                 self.links[link].opened = *opened;
+                self.topology = None;
                 self.links[link].enter(LinkPhase::Up, self.setup.world.clock.now());
                 self.links[link].lost = None;
                 for stream in self.links[link].streams.clone() {
@@ -53,8 +62,12 @@ impl Driver {
                 }
                 self.links[link].link.order(Order::Release { task });
             }
-            Report::Closed { left_behind } => {
-                self.links[link].enter(LinkPhase::Closed, self.setup.world.clock.now());
+            Report::Closed { left_behind, for_good } => {
+                if for_good {
+                    self.links[link].enter(LinkPhase::Closed, self.setup.world.clock.now());
+                } else {
+                    self.rested(link, &left_behind);
+                }
                 self.left_behind.extend(left_behind);
                 if self.links.iter().all(|link| link.phase == LinkPhase::Closed) {
                     self.finish_remaining();
@@ -110,8 +123,10 @@ impl Driver {
             return false;
         }
         let shared = Arc::clone(&self.setup.shared);
-        let members: Vec<_> =
-            shared.streams().into_iter().filter(|stream| shared.takes_together(stream)).collect();
+        let member = |stream: &Arc<StreamShared>| {
+            shared.takes_together(stream) && !self.retired.contains_key(&stream.index)
+        };
+        let members: Vec<_> = shared.streams().into_iter().filter(member).collect();
         if members.iter().all(|stream| stream.reach().describe() != self.links[link].place) {
             return false;
         }
@@ -124,11 +139,14 @@ impl Driver {
         true
     }
 
-    fn take_on(&mut self, event: together::Event) {
+    pub(super) fn take_on(&mut self, event: together::Event) {
         let mut actions = Vec::new();
         self.together.handle(event, &mut actions);
         for action in actions {
             match action {
+                together::Action::Ask { link } if self.is_left(link) => {
+                    self.take_on(together::Event::Failed { link });
+                }
                 together::Action::Ask { link } => self.ask_for(link),
                 together::Action::Begin { links } => {
                     for link in links {

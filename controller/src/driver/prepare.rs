@@ -1,8 +1,10 @@
 //! From a scheduled block to a request: compiled off the loop, its files sent ahead.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::Arc,
+};
 
-use bytes::Bytes;
 use millstream_common::{
     convert,
     id::TaskId,
@@ -21,7 +23,7 @@ use crate::{
     link::{Order, Sending},
     queue::Event,
     task::TaskShared,
-    topology,
+    topology::Topology,
 };
 
 /// A compiled block.
@@ -35,7 +37,7 @@ pub(crate) struct Ready {
 
 impl Driver {
     pub(super) fn prepare(&mut self, task: TaskId, stream: usize, link: usize) {
-        let topology = Bytes::from(self.topology());
+        let topology = self.topology();
         let (Some(state), Some(work)) = (self.streams.get(&stream), self.works.get_mut(&task)) else {
             return;
         };
@@ -66,11 +68,20 @@ impl Driver {
         }
     }
 
-    fn topology(&self) -> Vec<u8> {
-        topology::describe(&self.setup.shared.streams(), |stream| {
-            let state = self.streams.get(&stream.index)?;
-            Some(self.links[state.link].opened.host.addresses.clone())
-        })
+    /// What blocks are told of all streams. Made again when there are more of them, or after another host was reached.
+    fn topology(&mut self) -> Topology {
+        let streams = self.setup.shared.streams_count();
+        if let Some((of, made)) = &self.topology
+            && *of == streams
+        {
+            return made.clone();
+        }
+        let streams = self.setup.shared.streams();
+        let hosts: HashMap<&str, &[String]> =
+            self.links.iter().map(|link| (link.place.as_str(), &*link.opened.host.addresses)).collect();
+        let made = Topology::of(&streams, |place| hosts.get(place).copied());
+        self.topology = Some((streams.len(), made.clone()));
+        made
     }
 
     pub(super) fn compiled(&mut self, task: TaskId, result: Result<Box<Ready>, BlockError>) {

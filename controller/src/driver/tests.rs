@@ -20,6 +20,7 @@ use crate::{
 mod explaining;
 mod fake;
 mod payloads;
+mod retiring;
 
 use fake::{Fake, LEASE, PIECE};
 

@@ -30,8 +30,9 @@ pub(crate) enum Order {
     Signal { task: TaskId, kind: v1::SignalKind, grace: Option<Duration>, reason: Option<Reason> },
     /// Everything of these tasks is here: the host may forget them.
     Release { task: TaskId },
-    /// Close the session and end.
-    Close,
+    /// Close the session, and end `for_good`. Otherwise the link rests until it is told to connect again, which it is told
+    /// only after it has said that the session is closed.
+    Close { for_good: bool },
 }
 
 /// How much of a task's files has come to its host: for people who ask while they are under way.
@@ -114,8 +115,8 @@ pub(crate) enum Report {
     Ended { task: TaskId, end: Box<TaskEnd> },
     /// All output and results of an ended task were handed to its recorder, or cannot be had.
     Arrived { task: TaskId, problem: Option<String> },
-    /// The session is closed, or could not be closed in time.
-    Closed { left_behind: Vec<String> },
+    /// The session is closed, or could not be closed in time; `for_good` the link has ended.
+    Closed { left_behind: Vec<String>, for_good: bool },
 }
 
 /// What opening a session found.

@@ -14,13 +14,13 @@ use millstream_common::{
     outcome::{LogTotals, OutcomeKind, Reason},
     text,
 };
-use tokio::sync::watch;
+use tokio::sync::{oneshot, watch};
 
 use super::{StreamError, place::StreamShared};
 use crate::{
     block::{Block, reference::Chain},
     definition::{Defined, Definition},
-    driver::{Handle, Schedule},
+    driver::{Handle, Input, Schedule},
     nested::Gate,
     outcome::{Outcome, Report},
     params::{Origin, Params},
@@ -47,6 +47,8 @@ pub(super) struct Registry {
     pub(super) by_name: BTreeMap<StreamName, usize>,
     /// Number of tasks of each stream.
     pub(super) counts: Vec<u32>,
+    /// Streams that were closed.
+    pub(super) closed: BTreeSet<usize>,
     pub(super) tasks_count: u32,
     /// By number in the test.
     pub(super) outcomes: BTreeMap<u32, Arc<Outcome>>,
@@ -80,6 +82,11 @@ impl TestShared {
     /// Every defined stream, in its order.
     pub(crate) fn streams(&self) -> Vec<Arc<StreamShared>> {
         self.lock().streams.clone()
+    }
+
+    /// Number of defined streams.
+    pub(crate) fn streams_count(&self) -> usize {
+        self.lock().streams.len()
     }
 
     /// A task has its outcome.
@@ -235,6 +242,16 @@ impl Core {
         handle
     }
 
+    /// Ends a stream; what comes back is what could not be tidied.
+    pub(crate) fn close_stream(&self, index: usize) -> oneshot::Receiver<Vec<String>> {
+        let (answer, receiver) = oneshot::channel();
+        let mut registry = self.shared.lock();
+        registry.closed.insert(index);
+        self.sync.streams_defined(registry.open_count());
+        self.driver.send(Input::Retire { stream: index, answer });
+        receiver
+    }
+
     /// Outcomes of the tasks of one stream that have ended, in their order.
     pub(crate) fn outcomes_of(&self, stream: &StreamName) -> Vec<Arc<Outcome>> {
         self.shared.outcomes_of(stream)
@@ -259,7 +276,7 @@ impl Core {
         registry.by_name.insert(stream.name.clone(), stream.index);
         registry.streams.push(Arc::clone(&stream));
         registry.counts.push(0);
-        self.sync.streams_defined(registry.streams.len());
+        self.sync.streams_defined(registry.open_count());
         stream
     }
 
@@ -366,6 +383,11 @@ impl Core {
 }
 
 impl Registry {
+    /// Number of streams that were not closed.
+    fn open_count(&self) -> usize {
+        self.streams.len() - self.closed.len()
+    }
+
     fn defined(&self, name: &StreamName) -> Option<Arc<StreamShared>> {
         Some(Arc::clone(&self.streams[*self.by_name.get(name)?]))
     }

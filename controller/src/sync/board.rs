@@ -502,7 +502,7 @@ impl Board {
             Parties::All { more } => {
                 let slot = &mut self.barriers[index];
                 let generation = slot.barrier.generation();
-                let now = self.streams_count.max(u32::try_from(self.lines.len()).unwrap_or(u32::MAX));
+                let now = self.streams_count;
                 let all = match slot.all {
                     Some((of, all)) if of == generation => all,
                     _ => now,

@@ -18,10 +18,16 @@ use millstream_common::{
 };
 
 use super::{BlockError, Upload, UploadSource};
-use crate::block::{FileRequest, payload};
+use crate::{
+    block::{FileRequest, payload},
+    topology::Topology,
+};
 
 /// Bytes of all names of a block's files together: with what stands around each name, they fit into one message.
 pub(super) const NAMES_BYTES_MAX: usize = 768 * 1024;
+
+/// What blocks are told of other streams and travels with each task: some dozen streams. More of it is a blob.
+const TOPOLOGY_INLINE_BYTES_MAX: usize = 4 * 1024;
 
 /// The module that Python code imports as `millstream`.
 const PYTHON_MODULE: &str = include_str!("../python/millstream.py");
@@ -154,6 +160,22 @@ impl Files {
         self.add(FilePlace::Private, place.to_owned(), 0o600, Some(variable), source)
     }
 
+    /// What the block is told of the other streams: the same for many tasks, so that a host gets it once unless it is short.
+    pub(super) fn topology(
+        &mut self,
+        place: &str,
+        variable: &str,
+        topology: &Topology,
+    ) -> Result<(), BlockError> {
+        let Topology { content, digest } = topology.clone();
+        let source = if content.len() <= TOPOLOGY_INLINE_BYTES_MAX {
+            self.memory(content)
+        } else {
+            self.upload(digest, content)
+        };
+        self.add(FilePlace::Private, place.to_owned(), 0o600, Some(variable), source)
+    }
+
     /// Content that nobody but the block may see.
     pub(super) fn secret(&mut self, place: &str, variable: &str, content: Bytes) -> Result<(), BlockError> {
         if content.len() > limits::INLINE_FILE_BYTES_MAX {
@@ -223,7 +245,10 @@ impl Files {
         if self.fits_inline(content.len()) {
             return FileSource::Inline(content);
         }
-        let digest = BlobDigest::of(&content);
+        self.upload(BlobDigest::of(&content), content)
+    }
+
+    fn upload(&mut self, digest: BlobDigest, content: Bytes) -> FileSource {
         let size_bytes = content.len() as u64;
         self.uploads.insert(digest, Upload { digest, size_bytes, source: UploadSource::Bytes(content) });
         FileSource::Blob(digest)

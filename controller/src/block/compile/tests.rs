@@ -173,6 +173,18 @@ fn python_and_scripts_are_shipped() {
 }
 
 #[test]
+fn what_is_told_of_many_streams_is_one_file_for_all_blocks() {
+    let many = Surroundings { topology: Bytes::from(vec![b'x'; 5_000]).into(), ..surroundings() };
+    let upload = |block: Block| {
+        let compiled = block.compile(&many).unwrap();
+        let [upload] = &compiled.uploads[..] else { panic!("{:?}", compiled.uploads) };
+        (upload.digest, upload.size_bytes)
+    };
+    assert_eq!(upload(exec(["true"])), upload(python("1")));
+    assert_eq!(upload(exec(["true"])).1, 5_000);
+}
+
+#[test]
 fn files_and_directories_are_shipped() {
     let directory = tempfile::tempdir().unwrap();
     let root = directory.path().join("tree");

@@ -66,7 +66,7 @@ pub(crate) fn surroundings() -> Surroundings {
         python: Some("/usr/bin/python3".to_owned()),
         is_local: true,
         defaults: Defaults::default(),
-        topology: Bytes::from_static(b"{}"),
+        topology: Bytes::from_static(b"{}").into(),
     }
 }
 

@@ -6,7 +6,7 @@ use super::{Lab, lab, word};
 use crate::{Ready, Task};
 
 /// Asks until the answer begins as expected; gives the whole answer without its durations.
-async fn check(task: &Task, expected: &str) {
+pub(super) async fn check(task: &Task, expected: &str) {
     let durations = regex::Regex::new(r"\d+(\.\d)? s\b").unwrap();
     let mut told = String::new();
     while task.try_outcome().is_none() {

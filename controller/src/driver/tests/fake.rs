@@ -22,7 +22,8 @@ use tonic::{Request, Response, Status, Streaming};
 
 use crate::reach::{DialError, Dialing, Reach};
 
-/// An agent that runs words: `true`, `false`, `hang`, `large` (prints more than comes with the events), `refused`.
+/// An agent that runs words: `true`, `false`, `hang`, `deaf` (hangs and does not listen), `large` (prints more than comes
+/// with the events), `refused`.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Fake {
     pub(super) shared: Arc<FakeShared>,
@@ -114,13 +115,13 @@ impl Fake {
             self.say(state, &task, Event::Progress(at(v1::TaskState::Running.into())));
             let word = spec.phases[0].argv[0].clone();
             match word.as_str() {
-                "true" => self.end(state, stream, v1::OutcomeKind::Passed, Some(0)),
-                "false" => self.end(state, stream, v1::OutcomeKind::Failed, Some(1)),
+                "true" => self.end(state, stream, 0, v1::OutcomeKind::Passed, Some(0)),
+                "false" => self.end(state, stream, 0, v1::OutcomeKind::Failed, Some(1)),
                 "large" => {
                     state.large.push(task.clone());
                     self.say(state, &task, Event::Log(chunk(0)));
                     self.say(state, &task, Event::LogContinues(v1::LogContinues { position: 1 }));
-                    self.end(state, stream, v1::OutcomeKind::Passed, Some(0));
+                    self.end(state, stream, 0, v1::OutcomeKind::Passed, Some(0));
                 }
                 word => {
                     self.say(state, &task, Event::Log(text(&format!("{word}\n"))));
@@ -130,10 +131,21 @@ impl Fake {
         }
     }
 
-    fn end(&self, state: &mut FakeState, stream: &str, outcome: v1::OutcomeKind, exit_code: Option<i32>) {
+    fn end(
+        &self,
+        state: &mut FakeState,
+        stream: &str,
+        place: usize,
+        outcome: v1::OutcomeKind,
+        exit_code: Option<i32>,
+    ) {
         let Some(queue) = state.queues.get_mut(stream) else { return };
-        let (task, _) = queue.remove(0);
-        let reason = if exit_code.is_some() { v1::Reason::Exited } else { v1::Reason::Stopped };
+        let (task, _) = queue.remove(place);
+        let reason = match outcome {
+            v1::OutcomeKind::Stopped => v1::Reason::Stopped,
+            v1::OutcomeKind::Cancelled => v1::Reason::Cancelled,
+            _ => v1::Reason::Exited,
+        };
         let large = state.large.contains(&task);
         let log = v1::LogTotals {
             stdout_bytes: if large { 2 * PIECE as u64 } else { 0 },
@@ -372,7 +384,14 @@ impl AgentService for Fake {
                     self.advance(&mut state, &stream);
                 }
                 v1::SignalKind::Stop => {
-                    self.end(&mut state, &stream, v1::OutcomeKind::Stopped, None);
+                    let queue = &state.queues[&stream];
+                    let place = queue.iter().position(|(task, _)| *task == request.task_id).expect("found");
+                    let runs = place == 0 && !queue[0].1.hold;
+                    if runs && queue[0].1.phases[0].argv[0] == "deaf" {
+                        return Ok(Response::new(v1::SignalTaskResponse::default()));
+                    }
+                    let outcome = if runs { v1::OutcomeKind::Stopped } else { v1::OutcomeKind::Cancelled };
+                    self.end(&mut state, &stream, place, outcome, None);
                     self.advance(&mut state, &stream);
                 }
                 _ => {}
