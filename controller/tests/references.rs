@@ -210,7 +210,8 @@ fn a_class_that_dies_is_not_torn_down_and_one_that_is_stopped_is() {
 #[test]
 fn a_class_that_is_too_slow_is_torn_down_and_one_that_does_not_listen_is_killed() {
     let place = Place::new();
-    let limited = |method: &str| place.named(&format!("Odd.{method}")).timeout(Duration::from_millis(500));
+    // Long enough for Python to begin on a machine that has other things to do.
+    let limited = |method: &str| place.named(&format!("Odd.{method}")).timeout(Duration::from_secs(4));
     // Nothing that the class does may swallow what asks it to end.
     for method in ["test_long", "test_greedy"] {
         let outcome = place.run(limited(method));
@@ -220,7 +221,7 @@ fn a_class_that_is_too_slow_is_torn_down_and_one_that_does_not_listen_is_killed(
         assert_eq!(phases(&outcome), all.into_iter().zip(ends).collect::<Vec<_>>(), "{outcome}");
         assert!(outcome.stdout().ends_with("torn down\n"), "{outcome}");
         assert!(
-            outcome.detail.contains(" still ran after its limit of 0.5 s and was terminated: "),
+            outcome.detail.contains(" still ran after its limit of 4 s and was terminated: "),
             "{outcome}"
         );
         let raised =

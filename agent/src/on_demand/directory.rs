@@ -95,6 +95,8 @@ impl Directory {
         let (held, holding) = mpsc::sync_channel(1);
         thread::spawn(move || {
             let locked = rustix::fs::flock(&handle, FlockOperation::LockExclusive);
+            // As long as this copy of it were open, nobody else could hold the directory.
+            drop(handle);
             let _given_up: Result<(), _> = held.send(locked);
         });
         match holding.recv_timeout(most) {
