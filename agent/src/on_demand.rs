@@ -8,6 +8,8 @@ mod directory;
 mod serving;
 
 use std::{
+    env,
+    ffi::OsString,
     fs, io,
     os::{
         fd::{AsFd as _, AsRawFd as _, BorrowedFd},
@@ -47,6 +49,12 @@ const LOG: &str = "agent.log";
 /// The namespaces that make a place another one. Not that of mounts: commands that enter a network often make a new one
 /// each time.
 const NAMESPACES: [&str; 5] = ["ipc", "net", "pid", "user", "uts"];
+
+/// Says that this is a place of its own although the system knows of none, such as what a scheduler has granted: it has an
+/// agent of its own, which does not stay when nobody uses it, for then the place is given back.
+const PLACE_VARIABLE: &str = "MILLSTREAM_PLACE";
+/// How long such an agent stays.
+const IDLE_APART: Duration = Duration::from_millis(100);
 
 /// Why there is no agent on demand.
 #[derive(Debug, thiserror::Error)]
@@ -102,9 +110,26 @@ pub enum OnDemandError {
     },
 }
 
+/// The place of its own that whoever came here has named.
+fn place() -> Option<OsString> {
+    env::var_os(PLACE_VARIABLE).filter(|place| !place.is_empty())
+}
+
+/// Waits, in a place of its own, until the agent has ended that this process has started: a scheduler kills what is left when
+/// this process ends, and the agent has things to tidy.
+pub(crate) fn outlive_agent() {
+    if place().is_some() {
+        // It has no other children, and usually none at all.
+        while let Ok(Some(_)) = rustix::process::wait(rustix::process::WaitOptions::empty()) {}
+    }
+}
+
 /// Connects to the system's agent, if there is one that this user may run blocks with, and that is in this place: a Unix
 /// socket is also seen from other networks of the host, where it leads to the wrong one.
 pub(crate) fn agent_of_this_host(socket: &Path) -> Option<UnixStream> {
+    if place().is_some() {
+        return None;
+    }
     let agent = UnixStream::connect(socket).ok()?;
     let peer = rustix::net::sockopt::socket_peercred(&agent).ok()?;
     let me = rustix::process::geteuid();
@@ -132,6 +157,7 @@ fn shares_network(socket: &UnixStream, other: rustix::process::Pid) -> bool {
 /// # Errors
 /// When there is none and none can be started.
 pub(crate) fn connect(relaunch: &Relaunch, idle: Duration) -> Result<UnixStream, OnDemandError> {
+    let idle = if place().is_some() { idle.min(IDLE_APART) } else { idle };
     let name = name(relaunch).map_err(|source| OnDemandError::Program { source })?;
     let mut first_refusal = None;
     for parent in PARENTS {
@@ -160,6 +186,9 @@ fn name(relaunch: &Relaunch) -> io::Result<String> {
     }
     for number in numbers {
         digest.update(&number.to_le_bytes());
+    }
+    if let Some(place) = place() {
+        digest.update(place.as_encoded_bytes());
     }
     let user = rustix::process::geteuid().as_raw();
     Ok(format!("millstream-{user}-{}", &digest.finalize().to_hex()[..10]))

@@ -124,6 +124,7 @@ impl Relay {
         // The end of one side is the end of both: a controller that has gone says nothing more, and neither does an agent.
         // Why a pipe broke is known to whoever broke it. The other thread ends with this process.
         let _first = end.recv();
+        on_demand::outlive_agent();
         Ok(())
     }
 }

@@ -195,12 +195,14 @@ impl IntoFuture for Check {
 }
 
 async fn examine_all(ledger: &mut Ledger, reach: &Arc<dyn Reach>, directory: &Path) {
-    let described = (reach.describe(), reach.host());
-    ledger.note(Rule::DescribesItself, pipes::describes_itself(&**reach, &described.0));
-    ledger.note(Rule::NamesItsHost, pipes::names_its_host(&**reach, &described.1));
+    let described = reach.describe();
+    ledger.note(Rule::DescribesItself, pipes::describes_itself(&**reach, &described));
     if !examine(ledger, Rule::FirstContact, pipes::first_contact(&**reach)).await {
         return;
     }
+    // Known by now, whoever had to choose it.
+    let host = reach.host();
+    ledger.note(Rule::NamesItsHost, pipes::names_its_host(&**reach, &host));
     examine(ledger, Rule::TwoPipes, pipes::two_at_once(&**reach)).await;
     examine(ledger, Rule::CancelledDials, pipes::cancelled_dials(&**reach)).await;
 
@@ -230,8 +232,8 @@ async fn examine_all(ledger: &mut Ledger, reach: &Arc<dyn Reach>, directory: &Pa
     } else {
         examine(ledger, Rule::LossIsTold, cuts::loss_is_told(&stage)).await;
     }
-    ledger.note(Rule::DescribesItself, pipes::describes_itself(&**reach, &described.0));
-    ledger.note(Rule::NamesItsHost, pipes::names_its_host(&**reach, &described.1));
+    ledger.note(Rule::DescribesItself, pipes::describes_itself(&**reach, &described));
+    ledger.note(Rule::NamesItsHost, pipes::names_its_host(&**reach, &host));
 }
 
 /// Examines one rule, if it is wanted; true unless it is broken.

@@ -19,6 +19,7 @@ use crate::{
 };
 
 mod keys;
+pub(crate) use keys::duration;
 mod place;
 mod url;
 mod words;

@@ -231,7 +231,7 @@ impl Loop {
     async fn session(&mut self) -> bool {
         let session = Session { id: self.world.ids.session_id(), secret: self.world.ids.token(), epoch: 0 };
         self.asked.store(false, Ordering::Relaxed);
-        let deadline = self.world.clock.now() + limits::REACH_MAX;
+        let deadline = self.world.clock.now() + self.reach.reach_max();
         let (connection, opened, belief) = match self.reach_host(&session, false, 1, deadline).await {
             Ok(reached) => reached,
             Err(Break::Close { for_good }) => {

@@ -24,6 +24,7 @@ pub(crate) mod container;
 pub mod local;
 pub(crate) mod nowhere;
 pub(crate) mod program;
+pub(crate) mod slurm;
 pub(crate) mod ssh;
 pub mod tcp;
 pub mod unix;
@@ -40,7 +41,7 @@ pub trait Reach: Send + Sync + fmt::Debug + 'static {
     /// place share one session.
     fn describe(&self) -> String;
 
-    /// The name under which blocks on other hosts find this one.
+    /// The name under which blocks on other hosts find this one: see [`Reach::knows_host`].
     fn host(&self) -> String;
 
     /// Whether the agent lives on when a pipe to it breaks, so that coming back makes sense.
@@ -55,6 +56,17 @@ pub trait Reach: Send + Sync + fmt::Debug + 'static {
 
     /// Called when a task that ran there has ended unexpectedly: a reach that keeps what failed remembers it.
     fn task_failed(&self) {}
+
+    /// How long the first contact may take in all, however many dials that are.
+    fn reach_max(&self) -> Duration {
+        limits::REACH_MAX
+    }
+
+    /// Whether [`Reach::host`] gives the host's own name already. Where a scheduler chooses the host, it is known only once a
+    /// pipe was there.
+    fn knows_host(&self) -> bool {
+        true
+    }
 
     /// Called when the test is over, after the session was closed: ends what the reach itself started.
     fn release(&self) -> Pin<Box<dyn Future<Output = ()> + Send + '_>> {
@@ -207,6 +219,12 @@ pub enum DialError {
         /// Whether dialling again is useless.
         is_final: bool,
     },
+    /// Somebody has to decide first, such as a scheduler.
+    #[error("{reason}")]
+    Pending {
+        /// Who, and how it stands.
+        reason: String,
+    },
     /// The stream's definition leads nowhere.
     #[error("{reason}")]
     Nowhere {
@@ -234,7 +252,7 @@ impl DialError {
     #[must_use]
     pub fn is_final(&self) -> bool {
         match self {
-            Self::Connect { .. } | Self::Resolve { .. } => false,
+            Self::Connect { .. } | Self::Resolve { .. } | Self::Pending { .. } => false,
             Self::Program { is_final, .. } => *is_final,
             Self::Refused { .. }
             | Self::Credentials { .. }
@@ -252,7 +270,7 @@ type Factory = Arc<dyn Fn(&Place) -> Result<Arc<dyn Reach>, PlaceError> + Send +
 static REGISTERED: RwLock<BTreeMap<String, Factory>> = RwLock::new(BTreeMap::new());
 
 /// The types that are always there.
-const BUILT_IN: [&str; 7] = ["command", "docker", "local", "podman", "ssh", "tls", "unix"];
+const BUILT_IN: [&str; 8] = ["command", "docker", "local", "podman", "slurm", "ssh", "tls", "unix"];
 
 /// Registers a type of streams under the name that definitions use, such as `vm` in `vm://rawhide`. A later registration
 /// of the same name replaces the earlier one; a type that is built in stays as it is.
@@ -276,6 +294,8 @@ pub fn kinds() -> Vec<String> {
 pub(crate) struct Surroundings {
     /// The one child agent of this test.
     pub(crate) local: Arc<local::Local>,
+    /// What it has of clusters.
+    pub(crate) slurm: Arc<slurm::Allocations>,
 }
 
 /// Makes the reach that a definition names.
@@ -290,6 +310,7 @@ pub(crate) fn resolve(place: &Place, surroundings: &Surroundings) -> Result<Arc<
         }
         "command" => Ok(Arc::new(command::Command::new(place)?)),
         "docker" | "podman" => Ok(Arc::new(container::Container::new(place)?)),
+        "slurm" => Ok(Arc::new(surroundings.slurm.node(place)?)),
         "ssh" => Ok(Arc::new(ssh::Ssh::new(place)?)),
         "tls" => Ok(Arc::new(tcp::Tls::new(place)?)),
         "unix" => Ok(Arc::new(unix::Unix::new(place)?)),
@@ -349,7 +370,7 @@ mod tests {
     use super::*;
 
     fn surroundings() -> Surroundings {
-        Surroundings { local: Arc::new(local::Local::new()) }
+        Surroundings { local: Arc::new(local::Local::new()), slurm: Arc::default() }
     }
 
     #[test]
@@ -357,7 +378,7 @@ mod tests {
         let error = resolve(&Place::new("unx", "/run/x"), &surroundings()).unwrap_err().to_string();
         assert!(
             error.starts_with(
-                "stream type `unx` is unknown: use one of `command`, `docker`, `local`, `podman`, `ssh`, `tls`, `unix`"
+                "stream type `unx` is unknown: use one of `command`, `docker`, `local`, `podman`, `slurm`, `ssh`, `tls`, `unix`"
             ),
             "{error}"
         );

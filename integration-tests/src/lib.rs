@@ -12,6 +12,7 @@ pub mod machine;
 pub mod namespace;
 pub mod package;
 pub mod processes;
+pub mod slurm;
 pub mod sshd;
 pub mod tools;
 pub mod wait;

@@ -6,6 +6,7 @@ use std::{
     pin::Pin,
     sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
     task::{Context, Poll, Waker},
+    time::Duration,
 };
 
 use millstream_common::pipe::BoxedPipe;
@@ -168,6 +169,18 @@ impl Reach for Cuttable {
 
     fn task_failed(&self) {
         self.inner.task_failed();
+    }
+
+    fn dial_max(&self) -> Duration {
+        self.inner.dial_max()
+    }
+
+    fn reach_max(&self) -> Duration {
+        self.inner.reach_max()
+    }
+
+    fn knows_host(&self) -> bool {
+        self.inner.knows_host()
     }
 
     fn release(&self) -> Pin<Box<dyn Future<Output = ()> + Send + '_>> {

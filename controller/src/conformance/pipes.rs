@@ -7,14 +7,15 @@ use std::{
 };
 
 use millstream_common::{
-    limits, pipe,
+    limits,
+    pipe::{self, BoxedPipe},
     text::{printable, spoken},
 };
 use millstream_proto::v1::{self, agent_service_client::AgentServiceClient};
 use tokio::time::timeout;
 use tonic::transport::Channel;
 
-use crate::reach::Reach;
+use crate::reach::{DialError, Reach};
 
 /// Dials are given up after so many polls: before anything was done, and at each step of a dial that has several.
 const POLLS_MAX: usize = 8;
@@ -44,6 +45,9 @@ pub(super) fn names_its_host(reach: &dyn Reach, first: &str) -> Result<(), Strin
     }
     // Addresses of the sixth version have colons and a zone; names have none of what stands around them in a URL.
     let usable = |c: char| c.is_alphanumeric() || "-_.:%".contains(c);
+    if !reach.knows_host() {
+        return Err("it is not known although a pipe was there: knows_host() says so".to_owned());
+    }
     if first.is_empty() || !first.chars().all(usable) {
         return Err(format!(
             "`{}` is no bare name or address: blocks on other hosts are given it to connect to",
@@ -58,11 +62,10 @@ struct Agent(AgentServiceClient<Channel>);
 
 impl Agent {
     async fn dial(reach: &dyn Reach) -> Result<Self, String> {
-        let bound = limits::REACH_MAX;
-        let pipe = timeout(bound, reach.dial())
+        let pipe = timeout(reach.reach_max(), decided(reach))
             .await
-            .map_err(|_| format!("dial() gave neither a pipe nor an error within {}", spoken(bound)))?
-            .map_err(|error| format!("dial() failed: {error}"))?;
+            .map_err(|_| format!("nobody decided within {}", spoken(reach.reach_max())))??;
+        let bound = limits::REACH_MAX;
         let channel = timeout(bound, pipe::endpoint_channel(|| async { Ok(pipe) }))
             .await
             .map_err(|_| format!("nothing answered on the pipe within {}", spoken(bound)))?
@@ -82,6 +85,21 @@ impl Agent {
                 Err(format!("the pipe leads to no working agent: {}", printable(why.as_bytes(), 512)))
             }
             Err(_elapsed) => Err(format!("the agent did not answer within {}", spoken(bound))),
+        }
+    }
+}
+
+/// Dials until it is decided: what is pending is dialled again.
+async fn decided(reach: &dyn Reach) -> Result<BoxedPipe, String> {
+    let bound = reach.dial_max();
+    loop {
+        match timeout(bound, reach.dial()).await {
+            Ok(Ok(pipe)) => return Ok(pipe),
+            Ok(Err(DialError::Pending { .. })) => tokio::time::sleep(limits::RECONNECT_PAUSE_MIN).await,
+            Ok(Err(error)) => return Err(format!("dial() failed: {error}")),
+            Err(_elapsed) => {
+                return Err(format!("dial() gave neither a pipe nor an error within {}", spoken(bound)));
+            }
         }
     }
 }

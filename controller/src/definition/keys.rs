@@ -13,7 +13,7 @@ use millstream_common::{
 use super::{Defaults, DefineStreamError, Defined, DefinitionFault, Held, Setting, listed, sounds_secret};
 use crate::{
     params::{Entry, HIDDEN, Node, Origin, Value},
-    reach::container,
+    reach::{container, slurm},
 };
 
 /// A type that is always there.
@@ -29,7 +29,7 @@ pub(super) struct BuiltIn {
 }
 
 /// The types that are always there.
-pub(super) const BUILT_IN: [BuiltIn; 7] = [
+pub(super) const BUILT_IN: [BuiltIn; 8] = [
     BuiltIn {
         name: "command",
         address: Some("command"),
@@ -39,6 +39,7 @@ pub(super) const BUILT_IN: [BuiltIn; 7] = [
     BuiltIn { name: "docker", address: Some("name"), is_told_by_keys: true, keys: &container::KEYS },
     BuiltIn { name: "local", address: None, is_told_by_keys: false, keys: &[] },
     BuiltIn { name: "podman", address: Some("name"), is_told_by_keys: true, keys: &container::KEYS },
+    BuiltIn { name: "slurm", address: Some("allocation"), is_told_by_keys: true, keys: &slurm::KEYS },
     // Its user is the one who logs in, as whom blocks run.
     BuiltIn {
         name: "ssh",
@@ -373,7 +374,7 @@ impl Reader<'_> {
 }
 
 /// `30s`, `2m`, `1h30m`, `500ms`, `1.5` (seconds).
-fn duration(text: &str) -> Option<Duration> {
+pub(crate) fn duration(text: &str) -> Option<Duration> {
     if let Ok(seconds) = text.parse::<f64>() {
         return Duration::try_from_secs_f64(seconds).ok();
     }

@@ -296,7 +296,7 @@ impl StreamsBuilder {
             None => Vec::new(),
         };
         let definitions = self.definitions(inside.is_some())?;
-        let reaches = reach::Surroundings { local: Arc::new(Local::new()) };
+        let reaches = reach::Surroundings { local: Arc::new(Local::new()), slurm: Arc::default() };
         let mut registry = Registry::default();
         for definition in definitions {
             let index = registry.streams.len();

@@ -34,7 +34,23 @@ pub(crate) struct StreamShared {
 /// The way to the agent.
 struct Reached {
     reach: Arc<dyn Reach>,
-    host: String,
+    /// What the host is called until it is known.
+    before: String,
+    host: OnceLock<String>,
+}
+
+impl Reached {
+    fn by(reach: Arc<dyn Reach>) -> Self {
+        let before = reach.host();
+        Self { reach, before, host: OnceLock::new() }
+    }
+
+    fn host(&self) -> &str {
+        if self.host.get().is_none() && self.reach.knows_host() {
+            return self.host.get_or_init(|| self.reach.host());
+        }
+        self.host.get().unwrap_or(&self.before)
+    }
 }
 
 impl fmt::Debug for StreamShared {
@@ -74,8 +90,10 @@ impl StreamShared {
     pub(super) fn renamed(&self, name: StreamName, index: usize) -> Self {
         let mut again = Self::new(Defined { name, ..self.defined.clone() }, index, &self.surroundings);
         again.inherited.clone_from(&self.inherited);
-        if let Some(Reached { reach, host }) = self.reached.get() {
-            again.reached.get_or_init(|| Reached { reach: Arc::clone(reach), host: host.clone() });
+        // The very same: making it again might lead to another node of an allocation. Why there is none is told by whoever
+        // uses it.
+        if let Ok(reached) = self.reached() {
+            again.reached.get_or_init(|| Reached::by(Arc::clone(&reached.reach)));
         }
         again
     }
@@ -105,7 +123,7 @@ impl StreamShared {
             origin: self.defined.origin.to_string(),
             reason,
         })?;
-        Ok(self.reached.get_or_init(|| Reached { host: reach.host(), reach }))
+        Ok(self.reached.get_or_init(|| Reached::by(reach)))
     }
 
     /// The way to the agent, or one that leads nowhere and says why.
@@ -121,7 +139,8 @@ impl StreamShared {
                     "" => self.defined.kind.clone(),
                     address => address.to_owned(),
                 };
-                Reached { reach: Arc::new(Nowhere::new(place, error.to_string())), host }
+                let reach = Arc::new(Nowhere::new(place, error.to_string()));
+                Reached { reach, before: host.clone(), host: OnceLock::from(host) }
             })
         })
     }
@@ -131,7 +150,7 @@ impl StreamShared {
     }
 
     pub(crate) fn host(&self) -> &str {
-        &self.reached_or_nowhere().host
+        self.reached_or_nowhere().host()
     }
 
     /// The definition as one line, without its secrets.

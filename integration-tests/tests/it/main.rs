@@ -23,6 +23,7 @@ mod nested;
 mod on_demand;
 mod operating;
 mod sharing;
+mod slurm;
 mod ssh;
 mod static_agent;
 mod support;
