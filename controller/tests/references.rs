@@ -221,7 +221,7 @@ fn a_class_that_is_too_slow_is_torn_down_and_one_that_does_not_listen_is_killed(
         assert_eq!(phases(&outcome), all.into_iter().zip(ends).collect::<Vec<_>>(), "{outcome}");
         assert!(outcome.stdout().ends_with("torn down\n"), "{outcome}");
         assert!(
-            outcome.detail.contains(" still ran after its limit of 4 s and was terminated: "),
+            outcome.detail.contains(" still ran after its limit of 4.0 s and was terminated: "),
             "{outcome}"
         );
         let raised =
