@@ -52,7 +52,7 @@ fn an_unknown_stream_type_is_refused_with_the_nearest_one() {
     check_definition(
         "streams:\n  x: tlss://foo\n",
         &expect![
-            "stream `x`, defined by DIR/lab.yaml:2:3: stream type `tlss` is unknown: use one of `command`, `docker`, `local`, `podman`, `ssh`, `tls`, `unix` (did you mean `tls`?)"
+            "stream `x`, defined by DIR/lab.yaml:2:3: stream type `tlss` is unknown: use one of `command`, `docker`, `local`, `podman`, `slurm`, `ssh`, `tls`, `unix` (did you mean `tls`?)"
         ],
     );
 }
