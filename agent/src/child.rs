@@ -15,7 +15,7 @@ use std::{
     process::ExitCode,
 };
 
-use millstream_common::{clock::World, limits};
+use millstream_common::{clock::World, limits, protocol::Build};
 use tokio::{
     io::AsyncReadExt as _,
     net::{UnixListener, unix::pipe},
@@ -117,6 +117,7 @@ async fn serve(directory: &Path, relaunch: Relaunch) -> Result<(), ChildError> {
         supervisors: Supervisors::Inside,
         blobs_bytes_max: limits::BLOBS_BYTES_MAX,
         bounds: Bounds::default(),
+        build: Build::OURS,
         audit: None,
     };
     let door = Door::open(config, World::system()).await?;

@@ -17,7 +17,12 @@ use std::{
 };
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use millstream_common::{clock::World, protocol, text::spoken, tls::Role};
+use millstream_common::{
+    clock::World,
+    protocol::{self, Build},
+    text::spoken,
+    tls::Role,
+};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
@@ -225,8 +230,14 @@ fn system(attempt: &'static str) -> impl FnOnce(io::Error) -> RunError {
 /// Does what the command line says.
 #[must_use]
 pub fn run() -> ExitCode {
+    run_as(Build::OURS)
+}
+
+/// The same for an agent that says something else of itself: how tests get an agent of another build.
+#[must_use]
+pub fn run_as(build: Build) -> ExitCode {
     let done = match CommandLine::parse().command {
-        Command::Serve(serve) => serve.run(),
+        Command::Serve(serve) => serve.run(build),
         Command::Stdio(stdio) => stdio.run(),
         Command::Pki(pki) => pki.run(),
         Command::Status(status) => run_alone(status.run()),
@@ -303,7 +314,7 @@ pub(crate) fn log_to_standard_error(default: &str) {
 }
 
 impl Serve {
-    fn run(self) -> Result<(), RunError> {
+    fn run(self, build: Build) -> Result<(), RunError> {
         log_to_standard_error("info");
         let built_in = || Config::built_in(Path::new("built-in configuration"));
         let config = match &self.config {
@@ -314,14 +325,19 @@ impl Serve {
         };
         let relaunch = Relaunch::of_this_program().map_err(system("find this program's own path"))?;
         let runtime = runtime(WORKER_THREADS)?;
-        let served = runtime.block_on(serve(config, self.idle, relaunch));
+        let served = runtime.block_on(serve(config, build, self.idle, relaunch));
         // Threads that wait for supervisors in the kernel hold nobody up.
         runtime.shutdown_background();
         served
     }
 }
 
-async fn serve(config: Config, idle: Option<Duration>, relaunch: Relaunch) -> Result<(), RunError> {
+async fn serve(
+    config: Config,
+    build: Build,
+    idle: Option<Duration>,
+    relaunch: Relaunch,
+) -> Result<(), RunError> {
     home::check();
     if let Some(paths) = &config.tls {
         renewal::finish_interrupted(&paths.value)?;
@@ -332,6 +348,7 @@ async fn serve(config: Config, idle: Option<Duration>, relaunch: Relaunch) -> Re
         relaunch,
         base_environment: if idle.is_some() { child::whole_environment() } else { base_environment() },
         supervisors: Supervisors::Processes,
+        build,
         blobs_bytes_max: config.shipped_files_bytes_max,
         audit: config.audit.clone(),
         bounds: config.bounds.clone(),
@@ -363,7 +380,7 @@ async fn serve(config: Config, idle: Option<Duration>, relaunch: Relaunch) -> Re
     for listen in &config.listen {
         info!(address = %listen.value, tls = tls.is_some(), "listening");
     }
-    info!(socket = %config.unix_socket.value.display(), state = %config.state_directory.display(), version = protocol::VERSION, "listening");
+    info!(socket = %config.unix_socket.value.display(), state = %config.state_directory.display(), version = build.spoken.version, "listening");
     if let Some(listener) = scraped {
         tokio::spawn(door.metrics().serve(listener, shutdown.clone()));
     }

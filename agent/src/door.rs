@@ -37,7 +37,7 @@ use std::{
     time::Duration,
 };
 
-use millstream_common::{clock::World, id::SessionId, limits};
+use millstream_common::{clock::World, id::SessionId, limits, protocol::Build};
 use millstream_proto::v1;
 use tokio::sync::{Notify, OnceCell, mpsc, oneshot, watch as watched};
 use tokio_util::task::TaskTracker;
@@ -79,6 +79,8 @@ pub(crate) const SERVED: &[&str] = &[
 pub(crate) struct Shared {
     pub(crate) world: World,
     pub(crate) incarnation: String,
+    /// What it says of itself.
+    pub(crate) build: Build,
     /// Since the start of the host.
     pub(crate) started: Duration,
     pub(crate) host: v1::HostFacts,

@@ -227,6 +227,7 @@ wire_enum!(
         Exited, Signaled, PhaseTimeout, Cancelled, Stopped, OutOfMemory, Drained, LeaseExpired, SessionClosed,
         SupervisorDied, HostRebooted, StateCorrupt, FileRefused, StartFailed, UserRefused, LimitsUnavailable,
         HostExhausted, Unreachable, InvalidBlock, TestDeadline, Internal, FailFast,
+        Unsupported,
     ]
 );
 wire_enum!(

@@ -147,6 +147,8 @@ reasons! {
     TestDeadline = "test_deadline",
     /// Another task ended unexpectedly, and the test fails fast. Only the controller says so.
     FailFast = "fail_fast",
+    /// The agent is of a build that lacks what the task needs. Only the controller says so.
+    Unsupported = "unsupported",
     /// A bug of this system.
     Internal = "internal",
 }

@@ -43,6 +43,7 @@ mod bulk;
 mod calls;
 mod close;
 mod events;
+mod features;
 mod line;
 mod messages;
 mod open;
@@ -50,6 +51,7 @@ mod relay;
 
 use calls::{begin_in_order, keep, release, signal, start};
 use events::watch_session;
+use features::Features;
 pub(crate) use line::Holdings;
 use line::Line;
 pub(crate) use messages::{LinkOptions, Opened, Order, Put, Report, Sending};
@@ -124,6 +126,7 @@ struct Connection {
     session: Session,
     /// As the host has granted it.
     lease: Duration,
+    features: Features,
 }
 
 /// How far the output and results of the tasks of this session have come.
@@ -287,7 +290,8 @@ impl Loop {
                 return false;
             }
             match self.reach_host(&session, true, connection.number + 1, until).await {
-                Ok((new, opened, new_belief)) => {
+                Ok((mut new, opened, new_belief)) => {
+                    new.features.also_of(&connection.features);
                     *belief.lock().unwrap_or_else(PoisonError::into_inner) = new_belief;
                     session = new.session.clone();
                     connections.send_replace(Some(new.clone()));
@@ -520,6 +524,11 @@ impl Loop {
             }
             Order::Put(put) => {
                 let Put { task, request, recorder } = *put;
+                if let Err(error) = connection.features.admit(&request) {
+                    let (reason, why) = (Reason::Unsupported, error.to_string());
+                    self.report(Report::Rejected { task, reason, why }).await;
+                    return Ok(());
+                }
                 lock(&shared.progress).entry(task).or_insert_with(|| Incoming {
                     recorder,
                     position: 0,

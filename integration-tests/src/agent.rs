@@ -104,13 +104,22 @@ impl Agent {
     #[must_use]
     pub fn start_here(directory: &Path, more: &str) -> Self {
         fs::create_dir_all(directory).expect("the test's directory can be written");
-        let yaml = format!(
-            "listen: []\nunix_socket: {}\nstate_directory: {}\n{more}",
-            directory.join("agent.sock").display(),
-            directory.join("state").display()
-        );
-        let nowhere = SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, 0);
-        Self::start_with(None, nowhere, directory, &yaml, None)
+        let yaml = on_socket_alone(directory) + more;
+        Self::start_with(None, NOWHERE, directory, &yaml, None)
+    }
+
+    /// As [`Agent::start_on_socket`], of another build: `older` or `newer` (`agent-of-another-build`).
+    ///
+    /// # Panics
+    /// When it does not start; the message has its log.
+    #[must_use]
+    pub fn start_of_another_build(directory: &Path, build: &str) -> Self {
+        fs::create_dir_all(directory).expect("the test's directory can be written");
+        fs::write(directory.join("agent.yaml"), on_socket_alone(directory))
+            .expect("the test's directory can be written");
+        let mut program = Command::new(tools::beside_this_program("agent-of-another-build"));
+        let child = launch_program(program.env("MILLSTREAM_TEST_BUILD", build), None, directory);
+        Self { child, address: NOWHERE, directory: directory.to_path_buf() }
     }
 
     /// As [`Agent::start`], with the configuration's `tls` as it is given.
@@ -242,6 +251,17 @@ impl Drop for Agent {
     }
 }
 
+/// Where an agent is that listens on its socket alone.
+const NOWHERE: SocketAddrV4 = SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, 0);
+
+fn on_socket_alone(directory: &Path) -> String {
+    format!(
+        "listen: []\nunix_socket: {}\nstate_directory: {}\n",
+        directory.join("agent.sock").display(),
+        directory.join("state").display()
+    )
+}
+
 fn configuration(address: SocketAddrV4, tls: Option<&Certificate>, directory: &Path) -> String {
     let mut yaml = format!(
         "listen: {address}\nunix_socket: {socket}\nstate_directory: {state}\n",
@@ -260,8 +280,16 @@ fn configuration(address: SocketAddrV4, tls: Option<&Certificate>, directory: &P
     yaml
 }
 
-/// Starts the program and waits for `READY=1` on its notification socket: the word an init system waits for.
 fn launch(place: Option<&Namespace>, directory: &Path, search_path: Option<&Path>) -> Child {
+    let mut program = Command::new(tools::agent_program());
+    if let Some(path) = search_path {
+        program.env("PATH", path);
+    }
+    launch_program(&mut program, place, directory)
+}
+
+/// Starts a program and waits for `READY=1` on its notification socket: the word an init system waits for.
+fn launch_program(command: &mut Command, place: Option<&Namespace>, directory: &Path) -> Child {
     let notify = directory.join("notify.sock");
     // Left by the launch before this one.
     let _absent = fs::remove_file(&notify);
@@ -272,7 +300,6 @@ fn launch(place: Option<&Namespace>, directory: &Path, search_path: Option<&Path
         .append(true)
         .open(directory.join("agent.log"))
         .expect("the lab's directory can be written");
-    let mut command = Command::new(tools::agent_program());
     command
         .args(["serve", "--config"])
         .arg(directory.join("agent.yaml"))
@@ -280,11 +307,8 @@ fn launch(place: Option<&Namespace>, directory: &Path, search_path: Option<&Path
         .stdin(Stdio::null())
         .stdout(log.try_clone().expect("a file can be shared"))
         .stderr(log);
-    if let Some(path) = search_path {
-        command.env("PATH", path);
-    }
     let child = match place {
-        Some(namespace) => namespace.spawn(&mut command),
+        Some(namespace) => namespace.spawn(command),
         None => command.spawn(),
     };
     let child = child.expect("the agent's program can be started");

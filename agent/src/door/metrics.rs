@@ -12,7 +12,7 @@ use std::{
 
 use hyper::{Method, Request, Response, StatusCode, body::Incoming, header, service::service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
-use millstream_common::{limits, protocol};
+use millstream_common::limits;
 use millstream_proto::v1;
 use tokio::{net::TcpListener, sync::Semaphore, time::timeout};
 use tokio_util::sync::CancellationToken;
@@ -137,7 +137,7 @@ impl Page {
 /// Everything, as it is now.
 async fn text(shared: &Shared) -> String {
     let mut page = Page::default();
-    let numbers = [("version", protocol::VERSION)];
+    let numbers = [("version", shared.build.spoken.version)];
     page.family("build_info", "gauge", "Version of the agent's program; always 1.");
     page.sample("build_info", &numbers, 1);
     let uptime = shared.world.clock.since_boot().saturating_sub(shared.started);

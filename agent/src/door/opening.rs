@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use millstream_common::{clock::World, id::SessionId, limits, pipe, protocol, text::printable};
+use millstream_common::{clock::World, id::SessionId, limits, pipe, protocol::Build, text::printable};
 use millstream_proto::v1::{self, agent_service_server::AgentServiceServer};
 use rustix::fs::FlockOperation;
 use tokio::sync::{Notify, mpsc};
@@ -67,6 +67,8 @@ pub struct DoorConfig {
     pub blobs_bytes_max: u64,
     /// How long leases may be, and how much one identity may have.
     pub bounds: Bounds,
+    /// What the agent says of itself: [`Build::OURS`] for a real one.
+    pub build: Build,
     /// Where audit records go: a file, or the socket of a journal. None: into the agent's own log.
     pub audit: Option<PathBuf>,
 }
@@ -177,12 +179,13 @@ impl Door {
             started: world.clock.since_boot(),
             world,
             incarnation,
+            build: config.build,
             host: host.clone(),
             capabilities: v1::Capabilities {
                 containment: if cgroup.is_some() { "cgroup-v2" } else { "subreaper" }.to_owned(),
                 limits: limits_word(hierarchies.limits_source()).to_owned(),
                 python: host::python().map(|path| path.display().to_string()).unwrap_or_default(),
-                features: protocol::FEATURES.iter().map(|feature| (*feature).to_owned()).collect(),
+                features: config.build.features.iter().map(|&feature| feature.to_owned()).collect(),
             },
             state: config.state,
             store,

@@ -19,7 +19,8 @@ use std::{
 use millstream_common::{
     convert::{self, ConvertError},
     id::TaskId,
-    limits, protocol,
+    limits,
+    protocol::{Build, ProtocolError, Spoken},
     spec::{BlobDigest, FileSource, TaskSpec},
     text::printable,
 };
@@ -147,6 +148,14 @@ pub(super) fn open_refused(refusal: &OpenRefusal) -> Status {
         OpenRefusal::TooMany { .. } | OpenRefusal::Reserved { .. } => Status::resource_exhausted(message),
         OpenRefusal::Superseded => Status::aborted(message),
     }
+}
+
+/// The protocol number for a session that is asked for.
+fn agreed_with(build: &Build, request: &v1::OpenSessionRequest) -> Result<u32, ProtocolError> {
+    let v1::OpenSessionRequest { protocol_min: min, protocol_max: max, version, .. } = request;
+    let number = build.spoken.agree(Spoken { min: *min, max: *max, version })?;
+    build.require(request.required_features.iter().map(String::as_str), version)?;
+    Ok(number)
 }
 
 fn asking_in(
@@ -289,9 +298,7 @@ impl AgentService for Service {
     ) -> Result<Response<v1::OpenSessionResponse>, Status> {
         let caller = caller_of(&request)?;
         let request = request.into_inner();
-        let agreed = protocol::agree(request.protocol_min, request.protocol_max, &request.version);
-        let protocol = agreed.map_err(|error| Status::failed_precondition(error.to_string()))?;
-        protocol::require(request.required_features.iter().map(String::as_str))
+        let protocol = agreed_with(&self.shared.build, &request)
             .map_err(|error| Status::failed_precondition(error.to_string()))?;
         let lease_max = self.shared.sessions().bounds().lease_max;
         let wanted = request.lease_duration;
@@ -320,7 +327,7 @@ impl AgentService for Service {
             protocol,
             lease_duration: Some(convert::duration(lease)),
             incarnation: self.shared.incarnation.clone(),
-            version: protocol::VERSION.to_owned(),
+            version: self.shared.build.spoken.version.to_owned(),
             host: Some(self.shared.host.clone()),
             capabilities: Some(self.shared.capabilities.clone()),
             host_time: Some(convert::timestamp(self.shared.world.clock.wall_ns())),

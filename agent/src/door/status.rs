@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use millstream_common::{clock::Clock, convert, protocol, text::printable};
+use millstream_common::{clock::Clock, convert, text::printable};
 use millstream_proto::v1;
 use tokio::time::Instant;
 
@@ -117,9 +117,9 @@ impl Shared {
         let now = self.world.clock.since_boot();
         let (state, state_reason) = self.state();
         v1::AgentStatus {
-            version: protocol::VERSION.to_owned(),
-            protocol_min: protocol::PROTOCOL_MIN,
-            protocol_max: protocol::PROTOCOL_MAX,
+            version: self.build.spoken.version.to_owned(),
+            protocol_min: self.build.spoken.min,
+            protocol_max: self.build.spoken.max,
             incarnation: self.incarnation.clone(),
             uptime: Some(convert::duration(now.saturating_sub(self.started))),
             host: Some(self.host.clone()),

@@ -6,6 +6,7 @@ use millstream_common::{
     clock::{Clock, Ids as _, SystemClock, SystemIds, World},
     convert, limits,
     pipe::{BoxedPipe, endpoint_channel},
+    protocol::Build,
     spec::BlobDigest,
     tls::{Identity, Role},
 };
@@ -46,6 +47,7 @@ fn config(state: &Path, inside: bool) -> DoorConfig {
         supervisors: if inside { Supervisors::Inside } else { Supervisors::Processes },
         blobs_bytes_max: BLOBS_BYTES_MAX,
         bounds: Bounds::default(),
+        build: Build::OURS,
         audit: None,
     }
 }

@@ -7,7 +7,7 @@ use std::{
     ffi::OsString, fs, io, io::Write as _, os::fd::AsFd as _, path::Path, process::ExitCode, time::Duration,
 };
 
-use millstream_common::{clock::World, limits};
+use millstream_common::{clock::World, limits, protocol::Build};
 use rustix::event::{PollFd, PollFlags};
 use tokio::{
     net::UnixListener,
@@ -87,6 +87,7 @@ async fn serve(path: &Path, idle: Duration, relaunch: Relaunch) -> Result<(), Se
         supervisors: Supervisors::Processes,
         blobs_bytes_max: limits::BLOBS_BYTES_MAX,
         bounds: Bounds::default(),
+        build: Build::OURS,
         audit: None,
     };
     let door = Door::open(config, World::system()).await?;

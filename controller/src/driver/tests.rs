@@ -9,7 +9,7 @@ use std::{
 };
 
 use expect_test::expect;
-use millstream_common::protocol::Spoken;
+use millstream_common::protocol::{Build, Spoken};
 
 use crate::{
     Block, Expectation, OutcomeKind, Ready, Reason, Streams, exec,
@@ -196,7 +196,7 @@ async fn an_agent_of_another_version_is_refused_with_both_versions_and_the_end_t
     let mut told = String::new();
     for spoken in [newer, older] {
         let lab = lab();
-        *lab.fake.shared.version.lock().unwrap() = Some(spoken);
+        *lab.fake.shared.build.lock().unwrap() = Some(Build { spoken, features: &[] });
         let failed = lab.streams.get("a").unwrap().run_fg(word("true")).await.unwrap_err();
         assert_eq!((failed.0.kind, failed.0.reason), (OutcomeKind::Error, Reason::Unreachable));
         told += &format!("{}\n", failed.0).replace(Spoken::OURS.version, "VERSION");
@@ -208,6 +208,40 @@ async fn an_agent_of_another_version_is_refused_with_both_versions_and_the_end_t
     expect![[r#"
         task 1-true on stream a (fakehost): error (unreachable): fake: the agent of version 9.0.0 speaks protocols 2 to 4, the controller of version VERSION speaks protocol 1: update the controller
         task 1-true on stream a (fakehost): error (unreachable): fake: the agent of version 0.0.1 speaks protocol 0, the controller of version VERSION speaks protocol 1: update the agent
+    "#]].assert_eq(&told);
+}
+
+#[tokio::test]
+async fn a_task_that_needs_what_the_agent_lacks_says_so_and_the_others_run() {
+    let of = |version, features| Build { spoken: Spoken { version, ..Spoken::OURS }, features };
+    // What a newer agent has more is nothing to this controller.
+    let newer = of("9.0.0", &["hold", "teleport"]);
+    let older = of("0.0.9", &["secret-files"]);
+    let mut told = String::new();
+    for build in [newer, older] {
+        let lab = lab();
+        *lab.fake.shared.build.lock().unwrap() = Some(build);
+        let a = lab.streams.get("a").unwrap();
+        a.run_fg(word("true")).await.unwrap();
+        let secret = a.run_bg(word("true").name("secret").secret_param("password", "x"));
+        let held = a.prepare(word("true").name("held"));
+        // Only what is really held needs an agent that can.
+        let _ended_without = held.staged().await;
+        for task in [secret, held.start()] {
+            let outcome = task.outcome().await;
+            let ran = outcome.kind == OutcomeKind::Passed;
+            assert!(ran || (outcome.kind, outcome.reason) == (OutcomeKind::Error, Reason::Unsupported));
+            told += &format!("{outcome}\n").replace(Spoken::OURS.version, "VERSION");
+        }
+        a.run_fg(word("true")).await.unwrap();
+        lab.streams.close().await.unwrap();
+        assert_eq!(lab.fake.lock().taken.len(), 3, "what cannot be done as it was meant is not begun");
+    }
+    expect![[r#"
+        task 2-secret on stream a (fakehost): error (unsupported): the controller of version VERSION needs the feature `secret-files` (to hand over secret parameters), which the agent of version 9.0.0 lacks: update the controller
+        task 3-held on stream a (fakehost): passed after 0.0 s
+        task 2-secret on stream a (fakehost): passed after 0.0 s
+        task 3-held on stream a (fakehost): error (unsupported): the controller of version VERSION needs the feature `hold` (to hold a prepared task until it is started), which the agent of version 0.0.9 lacks: update the agent
     "#]].assert_eq(&told);
 }
 

@@ -22,7 +22,9 @@ use tokio::time::{Instant, timeout};
 use tonic::{Code, Status};
 use tracing::info;
 
-use super::{Client, Connection, LinkOptions, Loop, Opened, Session, believed, session_is_gone};
+use super::{
+    Client, Connection, Features, LinkOptions, Loop, Opened, Session, believed, features, session_is_gone,
+};
 use crate::{
     reach::{DialError, Reach},
     results::timeline::HostClock,
@@ -84,12 +86,14 @@ impl Attempt {
                 return Err(OpenError::Again(pipe::call_failure(&status)));
             }
         }
+        // An agent that was replaced meanwhile by an older one has nothing to refuse: the session is there.
+        let needed = features::of_session(&self.options).filter(|_| !self.resume);
         let request = v1::OpenSessionRequest {
             session_id: self.session.id.to_string(),
             secret: self.session.secret.clone(),
             protocol_min: Spoken::OURS.min,
             protocol_max: Spoken::OURS.max,
-            required_features: Vec::new(),
+            required_features: needed.map(|feature| feature.word().to_owned()).collect(),
             version: Spoken::OURS.version.to_owned(),
             client: self.options.client.clone(),
             lease_duration: Some(convert::duration(self.options.lease)),
@@ -152,7 +156,9 @@ impl Attempt {
             capabilities: response.capabilities.unwrap_or_default(),
             clock,
         };
-        Ok((Connection { number: self.number, control, session, lease }, opened, sent + believed(lease)))
+        let features = Features::told(&opened.version, &opened.capabilities);
+        let connection = Connection { number: self.number, control, session, lease, features };
+        Ok((connection, opened, sent + believed(lease)))
     }
 }
 

@@ -32,6 +32,7 @@ mod tidy;
 mod trees;
 mod two_hosts;
 mod upkeep;
+mod versions;
 
 // Local streams of these tests run in this very program.
 millstream::entry!();

@@ -26,7 +26,7 @@ use millstream_agent::{
         disk::{Disk, Host},
     },
 };
-use millstream_common::clock::World;
+use millstream_common::{clock::World, protocol::Build};
 use tokio::{
     io::copy_bidirectional,
     runtime::Handle,
@@ -123,6 +123,7 @@ impl Agent {
             supervisors: Supervisors::Elsewhere(starter),
             blobs_bytes_max: millstream_common::limits::BLOBS_BYTES_MAX,
             bounds: Bounds::default(),
+            build: Build::OURS,
             audit: None,
         };
         let door = Door::open(config, self.world.clone()).await?;

@@ -10,7 +10,10 @@ use std::{
     time::Duration,
 };
 
-use millstream_common::{convert, pipe, protocol::Spoken};
+use millstream_common::{
+    convert, pipe,
+    protocol::{Build, Spoken},
+};
 use millstream_proto::v1::{
     self,
     agent_service_server::{AgentService, AgentServiceServer},
@@ -40,8 +43,8 @@ pub(super) struct FakeShared {
     /// Refuses every dial.
     pub(super) unreachable: AtomicBool,
     pub(super) forgets: AtomicBool,
-    /// What it speaks instead of what this build speaks.
-    pub(super) version: Mutex<Option<Spoken<'static>>>,
+    /// What it says of itself instead of what this build says.
+    pub(super) build: Mutex<Option<Build>>,
     /// Somebody else has the host.
     pub(super) reserved: AtomicBool,
     /// Takes no more of a file than its first piece.
@@ -242,7 +245,8 @@ impl AgentService for Fake {
         if self.shared.reserved.load(Ordering::SeqCst) {
             return Err(Status::resource_exhausted("the host is reserved by alice (nightly) for 5.0 s"));
         }
-        let spoken = self.shared.version.lock().unwrap().unwrap_or(Spoken::OURS);
+        let build = self.shared.build.lock().unwrap().unwrap_or(Build::OURS);
+        let spoken = build.spoken;
         let v1::OpenSessionRequest { protocol_min: min, protocol_max: max, version, .. } = request.get_ref();
         let agreed = match spoken.agree(Spoken { min: *min, max: *max, version }) {
             // The oldest of all knows no ranges and goes on.
@@ -256,6 +260,10 @@ impl AgentService for Fake {
             resumed: resume,
             protocol: agreed,
             version: spoken.version.to_owned(),
+            capabilities: Some(v1::Capabilities {
+                features: build.features.iter().map(|&feature| feature.to_owned()).collect(),
+                ..Default::default()
+            }),
             host_time: Some(convert::timestamp(1)),
             ..Default::default()
         }))
