@@ -411,18 +411,26 @@ fn end_on_signals(shutdown: &CancellationToken) -> Result<(), RunError> {
     Ok(())
 }
 
-/// Holds a control group that outlives agents; ended by a signal. On a host without such groups there is nothing to hold,
-/// and the agent does without.
+/// Holds a control group that outlives agents, until SIGTERM: then it asks the blocks there to end, and ends with them. On
+/// a host without such groups there is nothing to hold, and the agent does without.
 fn keep_group() -> Result<(), RunError> {
     log_to_standard_error("info");
-    match home::keep() {
+    let kept = home::keep();
+    match &kept {
         Ok(group) => info!(group = %group.display(), "kept for agents"),
         Err(error) => warn!(%error, "no control group is kept for agents"),
     }
-    tell_init_system("READY=1");
-    loop {
-        std::thread::park();
-    }
+    runtime(1)?.block_on(async {
+        let mut terminate = signal(SignalKind::terminate()).map_err(system("listen to SIGTERM"))?;
+        tell_init_system("READY=1");
+        // None would mean that no signal can come any more.
+        let _asked = terminate.recv().await;
+        tell_init_system("STOPPING=1");
+        if let Ok(group) = &kept {
+            home::end_blocks(group).await;
+        }
+        Ok(())
+    })
 }
 
 /// Tells an init system that waits for it; without one there is nobody to tell.

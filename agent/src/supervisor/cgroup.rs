@@ -285,18 +285,23 @@ impl Group {
     /// For kernels before 5.14. Bounded: who forks faster than this is left to be reported.
     fn kill_one_by_one(&self) {
         for _ in 0..KILL_PASSES_MAX {
-            let processes = self.processes();
-            if processes.is_empty() {
+            if self.signal(Signal::KILL) == 0 {
                 return;
             }
-            for pid in processes {
-                let Some(pidfd) = open_process(pid) else { continue };
-                // It is still the one that was listed only if it is listed now that the descriptor holds it.
-                if self.processes().contains(&pid) {
-                    let _gone: Result<(), _> = pidfd_send_signal(&pidfd, Signal::KILL);
-                }
+        }
+    }
+
+    /// Sends a signal to each who lives in the group now, and tells how many they were.
+    pub(crate) fn signal(&self, signal: Signal) -> usize {
+        let processes = self.processes();
+        for &pid in &processes {
+            let Some(pidfd) = open_process(pid) else { continue };
+            // It is still the one that was listed only if it is listed now that the descriptor holds it.
+            if self.processes().contains(&pid) {
+                let _gone: Result<(), _> = pidfd_send_signal(&pidfd, signal);
             }
         }
+        processes.len()
     }
 
     /// Waits until nobody lives in the group, at most `patience`, and tells whether that is so.

@@ -7,9 +7,8 @@ mod script;
 mod tasks;
 
 use std::{
-    collections::BTreeMap,
-    path::Path,
-    sync::{Arc, Mutex, PoisonError},
+    path::{Path, PathBuf},
+    sync::OnceLock,
 };
 
 use millstream_integration_tests::{authority::Certificate, lab::Lab, machine::Machine, package::Package};
@@ -21,13 +20,20 @@ fn boot(lab: &Lab, name: &str) -> Machine {
     Machine::boot(lab.host(name), &directory, &[])
 }
 
-/// The package of a version; made once for all tests.
-fn package(version: &str) -> Arc<Package> {
-    static MADE: Mutex<BTreeMap<String, Arc<Package>>> = Mutex::new(BTreeMap::new());
-    let directory = Path::new(env!("CARGO_TARGET_TMPDIR")).join("packages");
-    let make = || Arc::new(Package::make(version, &directory));
-    let mut made = MADE.lock().unwrap_or_else(PoisonError::into_inner);
-    Arc::clone(made.entry(version.to_owned()).or_insert_with(make))
+/// The package under test; made once for all tests.
+fn package() -> &'static Package {
+    static PRESENT: OnceLock<Package> = OnceLock::new();
+    PRESENT.get_or_init(|| Package::present(&packages().join("present")))
+}
+
+/// The version after it.
+fn next_package() -> &'static Package {
+    static NEXT: OnceLock<Package> = OnceLock::new();
+    NEXT.get_or_init(|| package().next(&packages().join("next")))
+}
+
+fn packages() -> PathBuf {
+    Path::new(env!("CARGO_TARGET_TMPDIR")).join("packages")
 }
 
 /// Puts an agent's certificate where the default configuration looks for it.

@@ -10,9 +10,12 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use tracing::warn;
+use millstream_common::limits;
+use rustix::process::Signal;
+use tokio::task::JoinSet;
+use tracing::{info, warn};
 
-use super::{Hierarchies, is_writable};
+use super::{Group, Hierarchies, is_writable};
 
 /// Names the group, as it stands in `/proc/self/cgroup`: `/system.slice/millstream-blocks.service`.
 pub(crate) const GROUP_VARIABLE: &str = "MILLSTREAM_CONTROL_GROUP";
@@ -55,6 +58,32 @@ pub(crate) fn keep() -> io::Result<PathBuf> {
     };
     enter_keepers(&own)?;
     Ok(own)
+}
+
+/// Asks everybody in the groups of agents below this one to end, and waits until they have, as long as a block that is
+/// stopped may take. Whoever is left, and what streams have begun meanwhile, the service manager kills.
+///
+/// # Cancel safety
+/// Safe: what was asked to end has been asked.
+pub(crate) async fn end_blocks(group: &Path) {
+    let entries = fs::read_dir(group).into_iter().flatten().flatten();
+    let is_an_agents = |entry: &fs::DirEntry| {
+        entry.file_type().is_ok_and(|kind| kind.is_dir()) && entry.file_name() != KEEPERS_GROUP
+    };
+    let mut ending = JoinSet::new();
+    for agents in entries.filter(is_an_agents).filter_map(|entry| Group::open(entry.path()).ok()) {
+        ending.spawn(async move {
+            let asked = agents.signal(Signal::TERM);
+            match agents.wait_until_empty(limits::GRACE).await {
+                Ok(true) if asked == 0 => {}
+                Ok(have_ended) => info!(asked, have_ended, "blocks were asked to end"),
+                Err(error) => {
+                    warn!(%error, asked, "blocks were asked to end; whether they have is not known")
+                }
+            }
+        });
+    }
+    ending.join_all().await;
 }
 
 /// Leaves the agent's own group, if there is another: what ends the agent's group does not end its supervisors.

@@ -40,7 +40,7 @@ fn write_program(path: &Path, text: &str) {
 
 /// What an administrator has before the first command: a checkout, cargo, and ssh access as root to the hosts.
 fn prepare_administrator(administrator: &Machine, hosts: &[Machine]) {
-    administrator.bring(&package("0.1.0").debian, "/srv/made/millstream-agent_0.1.0_amd64.deb");
+    administrator.bring(&package().debian, "/srv/made/millstream-agent_0.1.0_amd64.deb");
     write_program(
         &administrator.path("/root/checkout/deploy/package"),
         "#!/bin/sh\nmkdir -p target/debian && cp /srv/made/*.deb target/debian/\n",

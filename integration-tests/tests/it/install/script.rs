@@ -2,13 +2,14 @@
 
 use std::process::Output;
 
-use millstream_integration_tests::{lab::Lab, machine::Machine, tools};
+use millstream_integration_tests::{lab::Lab, machine::Machine, package::Package, tools};
 
-use super::{boot, bring_certificate, package};
+use super::{boot, bring_certificate, next_package, package};
 
-fn unpack(machine: &Machine, version: &str) {
-    machine.bring(&package(version).archive, &format!("/srv/{version}.tar.gz"));
-    machine.run(&format!("cd /srv && tar -xf {version}.tar.gz && mv millstream-agent-{version}-* {version}"));
+/// Unpacks the archive into `/srv/NAME`.
+fn unpack(machine: &Machine, package: &Package, name: &str) {
+    machine.bring(&package.archive, "/srv/archive.tar.gz");
+    machine.run(&format!("cd /srv && tar -xf archive.tar.gz && mv millstream-agent-*/ {name}"));
 }
 
 fn refused(output: &Output) -> String {
@@ -21,11 +22,12 @@ fn refused(output: &Output) -> String {
 fn a_host_without_dpkg_is_installed_updated_and_freed_by_a_script() {
     let lab = Lab::new(&["one"]);
     let machine = boot(&lab, "one");
-    for version in ["0.1.0", "0.2.0"] {
-        unpack(&machine, version);
-    }
-    let told = machine.run("/srv/0.1.0/install.sh");
-    assert!(told.contains("installed /usr/local/bin/millstream-agent: millstream-agent "), "{told}");
+    unpack(&machine, package(), "present");
+    unpack(&machine, next_package(), "next");
+    let told = machine.run("/srv/present/install.sh");
+    let version = &package().version;
+    let installed = format!("installed /usr/local/bin/millstream-agent: millstream-agent {version}\n");
+    assert!(told.contains(&installed), "{told}");
     assert!(
         told.contains("next: put ca.pem, revoked.pem, agent.pem and agent.key into /etc/millstream"),
         "{told}"
@@ -35,10 +37,10 @@ fn a_host_without_dpkg_is_installed_updated_and_freed_by_a_script() {
     let agent = || machine.run("systemctl show -p MainPID --value millstream-agent");
     let first = agent();
     // Again: nothing is asked of the administrator, and nothing is kept beside an unchanged configuration.
-    let told = machine.run("/srv/0.1.0/install.sh");
+    let told = machine.run("/srv/present/install.sh");
     assert_eq!(told.lines().count(), 1, "{told}");
-    machine.run("echo '# mine' >>/etc/millstream/agent.yaml && echo '# new' >>/srv/0.2.0/agent.yaml");
-    let told = machine.run("/srv/0.2.0/install.sh");
+    machine.run("echo '# mine' >>/etc/millstream/agent.yaml && echo '# new' >>/srv/next/agent.yaml");
+    let told = machine.run("/srv/next/install.sh");
     assert!(
         told.contains("kept /etc/millstream/agent.yaml; the new default is /etc/millstream/agent.yaml.dist"),
         "{told}"
@@ -47,27 +49,28 @@ fn a_host_without_dpkg_is_installed_updated_and_freed_by_a_script() {
         "grep -q '# mine' /etc/millstream/agent.yaml && grep -q '# new' /etc/millstream/agent.yaml.dist",
     );
     assert_ne!(agent(), first, "the agent was replaced");
-    machine.run("millstream-agent status");
+    let told = machine.run("millstream-agent status");
+    assert!(told.contains(&format!(" {} on ", next_package().version)), "{told}");
 
-    let told = machine.run("/srv/0.2.0/install.sh --uninstall");
+    let told = machine.run("/srv/next/install.sh --uninstall");
     assert!(told.contains("/etc/millstream stays"), "{told}");
     let left = machine
         .run("pgrep -l millstream || true; find /usr/local /etc/systemd /etc/tmpfiles.d /var/lib /run -name '*millstream*'");
     assert_eq!(left, "");
     // Again, with nothing there.
-    machine.run("/srv/0.2.0/install.sh --uninstall");
+    machine.run("/srv/next/install.sh --uninstall");
     // Into another root: this host's own services are left alone.
-    machine.run("mkdir /srv/root && DESTDIR=/srv/root PREFIX=/opt /srv/0.2.0/install.sh");
+    machine.run("mkdir /srv/root && DESTDIR=/srv/root PREFIX=/opt /srv/next/install.sh");
     machine.run("/srv/root/opt/bin/millstream-agent --version && test ! -e /etc/systemd/system/millstream-agent.service");
     machine.run("grep -q '^ExecStart=/opt/bin/' /srv/root/etc/systemd/system/millstream-agent.service");
 
-    let told = refused(&machine.output("/srv/0.2.0/install.sh --update"));
+    let told = refused(&machine.output("/srv/next/install.sh --update"));
     assert_eq!(told, "install.sh: no such option: `--update`; there is --uninstall\n");
-    let told = refused(&machine.output("setpriv --reuid nobody --clear-groups /srv/0.2.0/install.sh"));
+    let told = refused(&machine.output("setpriv --reuid nobody --clear-groups /srv/next/install.sh"));
     assert_eq!(told, "install.sh: run this as root\n");
-    let told = refused(&machine.output("rm /srv/0.2.0/agent.yaml; /srv/0.2.0/install.sh"));
+    let told = refused(&machine.output("rm /srv/next/agent.yaml; /srv/next/install.sh"));
     assert_eq!(
         told,
-        "install.sh: no `agent.yaml` in /srv/0.2.0: run this script where the whole archive is unpacked\n"
+        "install.sh: no `agent.yaml` in /srv/next: run this script where the whole archive is unpacked\n"
     );
 }

@@ -4,9 +4,9 @@
 use std::path::Path;
 
 use millstream::{Ready, Result, Streams, exec, shell};
-use millstream_integration_tests::{lab::Lab, machine::Machine, tools, wait::wait_until};
+use millstream_integration_tests::{lab::Lab, machine::Machine, package::Package, tools, wait::wait_until};
 
-use super::{boot, bring_certificate, package};
+use super::{boot, bring_certificate, next_package, package};
 use crate::support::{SOON, Ticker, open};
 
 /// A lab with one machine on which the agent was installed from its package and enabled.
@@ -20,7 +20,7 @@ impl Installed {
         let lab = Lab::new(&["one"]);
         let machine = boot(&lab, "one");
         let installed = Self { machine, lab };
-        installed.install("0.1.0");
+        installed.install(package());
         // It runs whatever the C library of a host is.
         assert_eq!(
             installed.machine.run("dpkg-query --show --showformat='${Depends}' millstream-agent"),
@@ -32,14 +32,16 @@ impl Installed {
         installed
     }
 
-    fn install(&self, version: &str) {
-        let place = format!("/srv/{version}.deb");
-        if !self.machine.path(&place).exists() {
-            self.machine.bring(&package(version).debian, &place);
-        }
-        self.machine.run(&format!("dpkg --install {place} 2>&1"));
-        let installed = self.machine.run("dpkg-query --show --showformat='${Version}' millstream-agent");
-        assert_eq!(installed, version);
+    fn install(&self, package: &Package) {
+        self.machine.bring(&package.debian, "/srv/agent.deb");
+        self.machine.run("dpkg --install /srv/agent.deb 2>&1");
+    }
+
+    /// The version of the agent that runs, which must run from the file that is installed.
+    fn running_version(&self) -> String {
+        let program = self.machine.run(&format!("readlink /proc/{}/exe", self.agent()));
+        assert_eq!(program, "/usr/bin/millstream-agent\n", "a replaced file would be a deleted one");
+        self.machine.run("millstream-agent status | awk '$1 == \"agent\" { printf $2 }'")
     }
 
     /// The agent's process, once it is ready.
@@ -60,37 +62,46 @@ impl Installed {
         });
         done.unwrap_or_else(|error| panic!("{error}\n{}", self.machine.journal()))
     }
+
+    /// Does something while a task runs: it goes on, passes, and no line of its output is missing.
+    fn beside_a_task(&self, test: &str, work: impl FnOnce(&Ticker) + Send) {
+        let ticker = Ticker::with_view(&self.machine.path("/srv/ticker"), Path::new("/srv/ticker"));
+        self.controller(test, async |streams| {
+            let task = streams.get("one")?.run_bg(ticker.block());
+            ticker.wait_for_more(5);
+            work(&ticker);
+            ticker.release();
+            let outcome = task.outcome().await;
+            assert!(outcome.passed(), "{outcome}\n{}", self.machine.journal());
+            ticker.assert_complete(&outcome.stdout());
+            Ok(())
+        });
+    }
 }
 
 #[test]
 #[ignore = "needs root, systemd, openssh and cargo-deb: integration-tests/run"]
 fn tasks_go_on_while_the_package_is_upgraded_and_rolled_back() {
     let installed = Installed::new();
-    let ticker = Ticker::with_view(&installed.machine.path("/srv/ticker"), Path::new("/srv/ticker"));
-    installed.controller("upgrade", async |streams| {
-        let task = streams.get("one")?.run_bg(ticker.block());
-        ticker.wait_for_more(5);
+    installed.beside_a_task("upgrade", |ticker| {
         let mut before = installed.agent();
-        let mut is_another = || {
+        let mut is_another = |version: &str| {
             before = wait_until("another agent runs", SOON, || {
                 Some(installed.agent()).filter(|now| *now != before)
             });
+            assert_eq!(installed.running_version(), version);
             ticker.wait_for_more(20);
         };
-        installed.install("0.2.0");
-        is_another();
-        installed.install("0.1.0");
-        is_another();
+        let (present, next) = (package(), next_package());
+        installed.install(next);
+        is_another(&next.version);
+        installed.install(present);
+        is_another(&present.version);
         installed.machine.run("systemctl restart millstream-agent");
-        is_another();
+        is_another(&present.version);
         // All processes of the unit, as `systemctl kill` does it unless told otherwise.
         installed.machine.run("systemctl kill --signal=KILL millstream-agent");
-        is_another();
-        ticker.release();
-        let outcome = task.outcome().await;
-        assert!(outcome.passed(), "{outcome}\n{}", installed.machine.journal());
-        ticker.assert_complete(&outcome.stdout());
-        Ok(())
+        is_another(&present.version);
     });
 }
 
@@ -98,10 +109,7 @@ fn tasks_go_on_while_the_package_is_upgraded_and_rolled_back() {
 #[ignore = "needs root, systemd, openssh and cargo-deb: integration-tests/run"]
 fn an_agent_is_started_again_while_the_groups_of_its_blocks_hand_controllers_on() {
     let installed = Installed::new();
-    let ticker = Ticker::with_view(&installed.machine.path("/srv/ticker"), Path::new("/srv/ticker"));
-    installed.controller("controllers", async |streams| {
-        let task = streams.get("one")?.run_bg(ticker.block());
-        ticker.wait_for_more(5);
+    installed.beside_a_task("controllers", |_ticker| {
         let before = installed.agent();
         // As a task with limits does it, with whatever controller there is: refused if a process lived in such a group.
         installed.machine.run(
@@ -112,11 +120,6 @@ fn an_agent_is_started_again_while_the_groups_of_its_blocks_hand_controllers_on(
         );
         installed.machine.run("systemctl restart millstream-agent");
         assert_ne!(installed.agent(), before);
-        ticker.release();
-        let outcome = task.outcome().await;
-        assert!(outcome.passed(), "{outcome}\n{}", installed.machine.journal());
-        ticker.assert_complete(&outcome.stdout());
-        Ok(())
     });
 }
 
@@ -155,27 +158,28 @@ fn removing_the_package_ends_what_runs_and_purging_it_leaves_only_certificates()
     let machine = &installed.machine;
     let work = || async {
         let streams = open(&installed.lab, "removed")?;
-        // A daemon too, which is no child of anybody.
-        let block = shell("(setsid sleep 67676767 &)\necho up\nexec sleep 78787878");
+        // Daemons too, which are no children of anybody: one that tidies up when it is asked to end, and one that is deaf.
+        let block = shell(
+            "setsid sh -c 'trap \"echo tidied >/srv/tidied; exit\" TERM; sleep 67676767 & echo up; wait' &\n\
+             setsid sh -c 'trap \"\" TERM; sleep 78787878' &\n\
+             exec sleep 89898989",
+        );
         let task = streams.get("one")?.run_bg(block);
         task.ready(Ready::log("up")).await?;
         machine.run("dpkg --remove millstream-agent 2>&1");
         let left = machine.output("pgrep -l 'sleep|millstream'");
         assert_eq!(String::from_utf8_lossy(&left.stdout), "");
+        assert_eq!(machine.run("cat /srv/tidied"), "tidied\n", "blocks are asked before they are killed");
         let told = streams.close().await.unwrap_err().to_string();
         assert!(told.contains("connection refused"), "{told}");
         Result::<()>::Ok(())
     };
     installed.lab.controller().block_on(work).unwrap();
     machine.run("dpkg --purge millstream-agent 2>&1");
-    let left =
-        machine.run("find /etc/millstream /var/lib/millstream /run/millstream -type f 2>/dev/null || true");
-    let mut left: Vec<_> = left.lines().collect();
-    left.sort_unstable();
-    assert_eq!(
-        left,
-        ["agent.key", "agent.pem", "ca.pem", "revoked.pem"].map(|name| format!("/etc/millstream/{name}"))
-    );
+    let left = machine
+        .run("find /etc /usr /var /run -path /run/systemd -prune -o -path '*millstream*' -print | sort");
+    let certificates = ["", "/agent.key", "/agent.pem", "/ca.pem", "/revoked.pem"];
+    assert_eq!(left, certificates.map(|name| format!("/etc/millstream{name}\n")).concat());
     assert!(!machine.output("command -v millstream-agent").status.success());
 }
 
