@@ -198,15 +198,10 @@ impl Sessions {
             return Err(KeyRefusal::Superseded { given: key.epoch, newest: session.epoch });
         }
         // The supervisor enforces the lease; this clock is asked as well, because its message may still be on the way.
-        let over = session.stage != Stage::Open || now >= session.lease_end;
-        if over && access == Access::Change {
-            return Err(match session.stage {
-                Stage::Closing => KeyRefusal::Ended,
-                Stage::Settled if session.lost => KeyRefusal::Lost,
-                Stage::Open | Stage::Expired | Stage::Settled => KeyRefusal::Expired { lease: session.lease },
-            });
+        match session.over(now) {
+            Some(why) if access == Access::Change => Err(why),
+            _ => Ok(session),
         }
-        Ok(session)
     }
 
     /// One session.
@@ -282,7 +277,7 @@ impl Sessions {
     /// What time will not change.
     fn refusal_at_once(&self, asking: &Asking) -> Option<OpenRefusal> {
         if self.closed.contains(&asking.session_id) {
-            return Some(OpenRefusal::Ended);
+            return Some(OpenRefusal::Over(KeyRefusal::Ended));
         }
         if asking.resume {
             return Some(OpenRefusal::Unknown);
@@ -333,7 +328,7 @@ impl Sessions {
         if let Some(place) = self.waiting.iter().position(own)
             && let Some(Waiter { ticket: Some(ticket), .. }) = self.waiting.remove(place)
         {
-            actions.push(Action::Refuse { ticket, refusal: OpenRefusal::Ended });
+            actions.push(Action::Refuse { ticket, refusal: OpenRefusal::Over(KeyRefusal::Ended) });
         }
     }
 
@@ -494,6 +489,16 @@ impl Session {
             lost: false,
         }
     }
+
+    /// Why nothing can be changed in it any more.
+    fn over(&self, now: Duration) -> Option<KeyRefusal> {
+        match self.stage {
+            Stage::Open if now < self.lease_end => None,
+            Stage::Closing => Some(KeyRefusal::Ended),
+            Stage::Settled if self.lost => Some(KeyRefusal::Lost),
+            Stage::Open | Stage::Expired | Stage::Settled => Some(KeyRefusal::Expired { lease: self.lease }),
+        }
+    }
 }
 
 /// Some of what controllers call themselves, for people.
@@ -511,8 +516,8 @@ fn come_back(session: &mut Session, asking: &Asking, now: Duration) -> Result<u6
     if session.owner != asking.owner || !session.secret.matches(&asking.secret) {
         return Err(OpenRefusal::NotYours);
     }
-    if session.stage != Stage::Open || now >= session.lease_end {
-        return Err(OpenRefusal::Ended);
+    if let Some(why) = session.over(now) {
+        return Err(OpenRefusal::Over(why));
     }
     session.epoch += 1;
     session.lease = asking.lease;

@@ -159,6 +159,13 @@ impl Reason {
     pub const fn is_consequence(self) -> bool {
         matches!(self, Self::Drained | Self::FailFast)
     }
+
+    /// Whether somebody can have expected an end for this reason. What follows another's failure nobody has, nor what was
+    /// ended, or never begun, because the controller was silent for too long.
+    #[must_use]
+    pub const fn can_be_expected(self) -> bool {
+        !self.is_consequence() && !matches!(self, Self::LeaseExpired)
+    }
 }
 
 impl fmt::Display for Reason {
@@ -324,10 +331,11 @@ impl TaskEnd {
         }
     }
 
-    /// Whether this end is an expected one: what follows the failure of another task never is.
+    /// Whether this end is an expected one: what follows the failure of another task never is, nor what an expired lease
+    /// ended.
     #[must_use]
     pub fn is_expected(&self, expectation: Expectation) -> bool {
-        !self.reason.is_consequence() && self.outcome.is_expected(expectation)
+        self.reason.can_be_expected() && self.outcome.is_expected(expectation)
     }
 }
 
@@ -357,6 +365,10 @@ mod tests {
         assert!(end(OutcomeKind::Stopped).is_expected(Expectation::Pass));
         let drained = TaskEnd::never_begun(OutcomeKind::Cancelled, Reason::Drained, "");
         assert!(!drained.is_expected(Expectation::Any));
+        for kind in [OutcomeKind::Cancelled, OutcomeKind::Killed] {
+            let unattended = TaskEnd::never_begun(kind, Reason::LeaseExpired, "");
+            assert!(!unattended.is_expected(Expectation::Any) && !unattended.is_expected(Expectation::Fail));
+        }
         assert!(!end(OutcomeKind::Lost).is_expected(Expectation::Fail));
     }
 }

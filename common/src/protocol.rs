@@ -21,6 +21,10 @@ pub const GREETING: &str = "millstream-stdio";
 
 /// How the refusal of a session ends that a controller waits for in line: it asks again, and keeps its place.
 pub const ASK_AGAIN: &str = ": ask again, the place is kept";
+/// How the refusal of a session begins that this host had and that is over, whatever ended it.
+pub const SESSION_GONE: &str = "session";
+/// How it begins when the session's supervisor has died.
+pub const SESSION_LOST: &str = "session lost";
 
 macro_rules! features {
     ($($(#[$doc:meta])* $variant:ident = $word:literal, $purpose:literal;)*) => {

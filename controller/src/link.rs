@@ -22,6 +22,7 @@ use millstream_common::{
     limits,
     outcome::{Reason, TaskEnd},
     pipe,
+    protocol::{SESSION_GONE, SESSION_LOST},
     text::{printable, spoken},
 };
 use millstream_proto::v1::{self, agent_service_client::AgentServiceClient};
@@ -370,8 +371,7 @@ impl Loop {
             match self.unless_closed(attempt).await? {
                 Err(_elapsed) => {}
                 Ok(Ok(reached)) => return Ok(reached),
-                Ok(Err(OpenError::Final { why, gone })) => {
-                    let reason = if gone { Reason::LeaseExpired } else { Reason::Unreachable };
+                Ok(Err(OpenError::Final { why, reason })) => {
                     return Err(Break::Session { why: format!("{place}: {why}"), reason });
                 }
                 Ok(Err(OpenError::InLine { why, control })) => {
@@ -566,17 +566,23 @@ fn tasks_of(shared: &Shared) -> Vec<TaskId> {
         .collect()
 }
 
+/// Why the session is gone, if that is what the host says.
+fn session_gone(status: &Status) -> Option<Reason> {
+    let is_gone = status.code() == Code::FailedPrecondition && status.message().starts_with(SESSION_GONE);
+    let died = status.message().starts_with(SESSION_LOST);
+    is_gone.then_some(if died { Reason::SupervisorDied } else { Reason::LeaseExpired })
+}
+
 fn session_is_gone(status: &Status) -> bool {
-    status.code() == Code::FailedPrecondition && status.message().starts_with("session")
+    session_gone(status).is_some()
 }
 
 /// What the failure of any other call means.
 fn broken(status: &Status) -> Break {
     let why = printable(pipe::call_failure(status).as_bytes(), limits::TEXT_BYTES_MAX);
-    if session_is_gone(status) {
-        Break::Session { why, reason: Reason::LeaseExpired }
-    } else {
-        Break::Connection(why)
+    match session_gone(status) {
+        Some(reason) => Break::Session { why, reason },
+        None => Break::Connection(why),
     }
 }
 

@@ -111,10 +111,10 @@ impl Outcome {
     }
 
     /// Whether this end was expected: a stop and a cancellation on request always are, an error and a loss never, nor what
-    /// follows the failure of another task.
+    /// follows the failure of another task, nor what an expired lease has ended or kept from beginning.
     #[must_use]
     pub fn is_expected(&self) -> bool {
-        !self.reason.is_consequence() && self.kind.is_expected(self.expectation)
+        self.reason.can_be_expected() && self.kind.is_expected(self.expectation)
     }
 
     /// Whether it only failed, or did not run, because of another task's failure.

@@ -140,8 +140,8 @@ pub(super) fn open_refused(refusal: &OpenRefusal) -> Status {
     let message = refusal.to_string();
     match refusal {
         OpenRefusal::NotYours => Status::permission_denied(message),
-        OpenRefusal::Ended
-        | OpenRefusal::Unknown
+        OpenRefusal::Over(refusal) => key_refused(refusal),
+        OpenRefusal::Unknown
         | OpenRefusal::Draining { .. }
         | OpenRefusal::ShareUsedUp { .. }
         | OpenRefusal::Unclean { .. } => Status::failed_precondition(message),

@@ -21,6 +21,7 @@ use millstream_common::{
     id::{SessionId, TaskId},
     limits,
     outcome::Reason,
+    protocol::SESSION_LOST,
 };
 use millstream_proto::{
     supervisor::v1::{RelayAttached, RelayFrames, Reply, TaskChanged, door_frame},
@@ -68,9 +69,12 @@ pub(crate) enum RequestError {
     /// The connection to the supervisor broke; it may be there again in a moment.
     #[error("the session's supervisor did not answer: try again")]
     Broken,
-    /// There is no supervisor any more.
+    /// There is no supervisor any more: the session is over.
     #[error("session ended: its supervisor is gone; open another")]
     Gone,
+    /// There is no supervisor any more: it died.
+    #[error("{SESSION_LOST}: its supervisor died, and what ran was ended; open another")]
+    Died,
     /// Too many requests wait.
     #[error(
         "{} requests wait for the session's supervisor, which is the limit: try again",
@@ -92,7 +96,7 @@ impl From<RequestError> for Status {
         let message = error.to_string();
         match error {
             RequestError::Broken => Self::unavailable(message),
-            RequestError::Gone => Self::failed_precondition(message),
+            RequestError::Gone | RequestError::Died => Self::failed_precondition(message),
             RequestError::Busy => Self::resource_exhausted(message),
             RequestError::Refused { code, .. } => Self::new(code, message),
         }
@@ -185,7 +189,8 @@ impl Supervised {
         for task in supervised.directory.recover_tasks(reason) {
             supervised.take_over(task);
         }
-        supervised.mirror().supervisor_gone();
+        let died = supervised.directory.ended().is_none_or(|ended| ended.lost);
+        supervised.mirror().supervisor_gone(died);
         supervised
     }
 
@@ -208,6 +213,11 @@ impl Supervised {
         self.changed.subscribe()
     }
 
+    /// Why there is no supervisor any more.
+    fn absence(&self) -> RequestError {
+        if self.mirror().has_died() { RequestError::Died } else { RequestError::Gone }
+    }
+
     /// Asks the supervisor and waits for its reply.
     ///
     /// # Cancel safety
@@ -215,15 +225,15 @@ impl Supervised {
     pub(crate) async fn request(&self, frame: door_frame::Frame) -> Result<Reply, RequestError> {
         let (answer, reply) = oneshot::channel();
         if *self.gone.borrow() {
-            return Err(RequestError::Gone);
+            return Err(self.absence());
         }
         self.outgoing.try_send(Outgoing::Request(frame, answer)).map_err(|error| match error {
             mpsc::error::TrySendError::Full(_) => RequestError::Busy,
-            mpsc::error::TrySendError::Closed(_) => RequestError::Gone,
+            mpsc::error::TrySendError::Closed(_) => self.absence(),
         })?;
         let reply = reply
             .await
-            .map_err(|_| if *self.gone.borrow() { RequestError::Gone } else { RequestError::Broken })?;
+            .map_err(|_| if *self.gone.borrow() { self.absence() } else { RequestError::Broken })?;
         match Code::from(i32::try_from(reply.code).unwrap_or(i32::MAX)) {
             Code::Ok => Ok(reply),
             code => Err(RequestError::Refused { code, message: reply.message }),
@@ -266,7 +276,7 @@ impl Supervised {
     }
 
     async fn tell(&self, frame: door_frame::Frame) -> Result<(), RequestError> {
-        self.outgoing.send(Outgoing::Tell(frame)).await.map_err(|_| RequestError::Gone)
+        self.outgoing.send(Outgoing::Tell(frame)).await.map_err(|_| self.absence())
     }
 
     /// Closes the session: everything is ended and removed. Answers with what could not be. Once begun it finishes, even
@@ -293,7 +303,7 @@ impl Supervised {
                 }
                 Err(RequestError::Broken) => {}
                 Err(RequestError::Busy) => self.outgoing.reserve().await.map_or((), drop),
-                Err(RequestError::Gone) => break,
+                Err(RequestError::Gone | RequestError::Died) => break,
                 Err(RequestError::Refused { message, .. }) => {
                     survivors.push(message);
                     break;
@@ -320,7 +330,7 @@ impl Supervised {
         let frame = door_frame::Frame::Release(millstream_proto::supervisor::v1::ReleaseTasks { task_ids });
         match self.request(frame).await {
             Ok(_) => {}
-            Err(RequestError::Gone) => {
+            Err(RequestError::Gone | RequestError::Died) => {
                 let (directory, tasks) = (self.directory.clone(), tasks.clone());
                 // Whether they went or not is for the removal of the whole session to find.
                 drop(tokio::task::spawn_blocking(move || directory.remove_tasks(&tasks)).await);

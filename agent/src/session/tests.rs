@@ -154,7 +154,7 @@ fn whoever_is_not_patient_is_told_at_once_and_keeps_its_place_until_it_withdraws
             2 s: 3 refused: the host is in use by owner-1 (test-1) for 2.0 s; 1 is before this asking in line: ask again, the place is kept
             4 s: 5 refused: the host is in use by owner-1 (test-1) for 4.0 s; 1 is before this asking in line: ask again, the place is kept
             5 s: 6 refused: the host is in use by owner-1 (test-1) for 5.0 s; this asking is the next in line: ask again, the place is kept
-            6 s: 4 refused: session ended: it was closed, or its lease is over; open another
+            6 s: 4 refused: session ended: it was closed; open another
         "#]],
     );
     assert_eq!(sessions.waiting_count(), 1);
@@ -289,7 +289,7 @@ fn a_closed_number_is_never_used_again_but_one_that_never_began_may_be() {
         ],
         &expect![[r#"
             0 s: 1 admitted, epoch 1, resumed false
-            1 s: 2 refused: session ended: it was closed, or its lease is over; open another
+            1 s: 2 refused: session ended: it was closed; open another
             2 s: 3 admitted, epoch 1, resumed false
             3 s: 4 admitted, epoch 1, resumed false
         "#]],
@@ -341,7 +341,8 @@ fn a_lease_that_is_over_cannot_be_renewed() {
     sessions.handle(Event::Kept { session_id: id(1) }, Duration::from_secs(31), &mut actions);
     assert_eq!(sessions.get(id(1)).unwrap().stage, Stage::Expired);
     sessions.handle(asked(2, asking(1)), Duration::from_secs(32), &mut actions);
-    assert!(matches!(actions.last(), Some(Action::Refuse { refusal: OpenRefusal::Ended, .. })));
+    let over = KeyRefusal::Expired { lease: Duration::from_secs(30) };
+    assert_eq!(actions.last(), Some(&Action::Refuse { ticket: 2, refusal: OpenRefusal::Over(over) }));
 }
 
 fn any_event() -> impl Strategy<Value = Event> {

@@ -4,7 +4,7 @@ use std::{fmt, time::Duration};
 
 use millstream_common::{
     id::SessionId,
-    protocol::ASK_AGAIN,
+    protocol::{ASK_AGAIN, SESSION_LOST},
     text::{counted, spoken},
 };
 
@@ -246,8 +246,8 @@ pub enum OpenRefusal {
     )]
     NotYours,
     /// The session existed and is over.
-    #[error("session ended: it was closed, or its lease is over; open another")]
-    Ended,
+    #[error(transparent)]
+    Over(KeyRefusal),
     /// A session to come back to is not here.
     #[error("session unknown: this host has never had it or has forgotten it; open another")]
     Unknown,
@@ -336,7 +336,7 @@ pub enum KeyRefusal {
         lease: Duration,
     },
     /// Its supervisor died, and its tasks with it.
-    #[error("session lost: its supervisor died, and what ran was ended; open another")]
+    #[error("{SESSION_LOST}: its supervisor died, and what ran was ended; open another")]
     Lost,
     /// The controller has come back on another connection since.
     #[error(

@@ -8,6 +8,7 @@ use std::{
     fs,
     os::unix::fs::{MetadataExt as _, PermissionsExt as _},
     process::Command,
+    sync::atomic::Ordering,
     time::Duration,
 };
 
@@ -105,6 +106,30 @@ async fn directories_of_released_tasks_serve_those_that_come() {
         assert!(is_used_again.await, "{containment:?}");
         fixture.close().await;
     }
+}
+
+#[tokio::test]
+async fn a_task_that_a_full_disk_did_not_take_may_be_asked_for_again() {
+    let mut fixture = Fixture::new(containments()[0]).await;
+    // With a directory of its own, and sooner or later with one that an earlier task has left.
+    for number in 1..=100 {
+        let (task, block) = (fixture.world.ids.task_id(), script("ls -A"));
+        let block = TaskSpec { stream_number: number, ..block };
+        fixture.disk.full.store(true, Ordering::Relaxed);
+        let refused = fixture.put(task, &block).await;
+        let expected = "the task cannot be kept in the session's directory: no storage space";
+        assert_eq!(
+            (Code::from(i32::try_from(refused.code).unwrap()), &*refused.message),
+            (Code::ResourceExhausted, expected)
+        );
+        fixture.disk.full.store(false, Ordering::Relaxed);
+        assert_eq!(fixture.put(task, &block).await.code, 0);
+        let end = fixture.end_of(task).await;
+        assert_eq!((end.outcome, &*end.detail), (OutcomeKind::Passed, ""), "task {number}");
+        assert_eq!(fixture.log(task, LogChannel::Stdout), "", "nothing of another task is there");
+        fixture.ask(Ask::Release(ReleaseTasks { task_ids: vec![task.to_string()] })).await;
+    }
+    fixture.close().await;
 }
 
 #[tokio::test]

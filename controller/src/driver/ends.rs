@@ -37,7 +37,12 @@ impl Driver {
         }
         // Nobody else should be told that a task is to blame which only follows another's failure.
         let unexpected = !end.is_expected(work.shared.expectation) && !end.reason.is_consequence();
-        if unexpected && let Some(culprit) = self.setup.sync.broken_by(task) {
+        // Whom its host ended, or a loss, would have had that end without the barrier.
+        let by_itself = matches!(end.reason, Reason::Exited | Reason::Signaled | Reason::PhaseTimeout);
+        if unexpected
+            && by_itself
+            && let Some(culprit) = self.setup.sync.broken_by(task)
+        {
             work.caused_by = culprit.task().map(|task| CausedBy::new(task, culprit.label.to_string()));
         }
         if unexpected && work.caused_by.is_none() && work.cut == Some(Cut::FailFast) {

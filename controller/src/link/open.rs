@@ -12,7 +12,9 @@ use std::{
 
 use millstream_common::{
     clock::World,
-    convert, limits, pipe,
+    convert, limits,
+    outcome::Reason,
+    pipe,
     protocol::{ASK_AGAIN, Spoken},
     text::{printable, spoken},
     tls,
@@ -23,7 +25,7 @@ use tonic::{Code, Status};
 use tracing::info;
 
 use super::{
-    Client, Connection, Features, LinkOptions, Loop, Opened, Session, believed, features, session_is_gone,
+    Client, Connection, Features, LinkOptions, Loop, Opened, Session, believed, features, session_gone,
 };
 use crate::{
     reach::{DialError, Reach},
@@ -131,7 +133,7 @@ impl Attempt {
         // An agent that knows no ranges opens a session all the same; it is closed with those that were given up.
         Spoken::OURS
             .check_agreed(response.protocol, &response.version)
-            .map_err(|error| OpenError::Final { why: error.to_string(), gone: false })?;
+            .map_err(|error| OpenError::Final { why: error.to_string(), reason: Reason::Unreachable })?;
         let boot_id = response.host.as_ref().map_or("", |host| host.boot_id.as_str());
         let mut clock = if shares_this_kernel(boot_id) { HostClock::same() } else { HostClock::default() };
         if let Some(time) = &response.host_time {
@@ -168,14 +170,14 @@ pub(super) enum OpenError {
     Again(String),
     /// Others have the host, and a place in line is kept. The next asking goes on the same connection.
     InLine { why: String, control: Client },
-    /// Trying again is useless. `gone`: the session that was to be resumed is over.
-    Final { why: String, gone: bool },
+    /// Trying again is useless. What ended a session that was to be resumed is the reason.
+    Final { why: String, reason: Reason },
 }
 
 impl From<DialError> for OpenError {
     fn from(error: DialError) -> Self {
         if error.is_final() {
-            Self::Final { why: error.to_string(), gone: false }
+            Self::Final { why: error.to_string(), reason: Reason::Unreachable }
         } else {
             Self::Again(error.to_string())
         }
@@ -216,21 +218,23 @@ fn refused(status: &Status) -> OpenError {
     if pipe::is_transport_failure(status) {
         // With TLS 1.3 an agent's refusal of a certificate is seen only now. It will not change its mind.
         return if tls::is_refusal_of_the_agent(&why) {
-            OpenError::Final { why, gone: false }
+            OpenError::Final { why, reason: Reason::Unreachable }
         } else {
             OpenError::Again(why)
         };
     }
     match status.code() {
-        Code::FailedPrecondition => OpenError::Final { why, gone: session_is_gone(status) },
+        Code::FailedPrecondition => {
+            OpenError::Final { why, reason: session_gone(status).unwrap_or(Reason::Unreachable) }
+        }
         Code::Unauthenticated | Code::PermissionDenied | Code::InvalidArgument => {
-            OpenError::Final { why, gone: false }
+            OpenError::Final { why, reason: Reason::Unreachable }
         }
         Code::Unimplemented => OpenError::Final {
             why: format!(
                 "it is no agent of this protocol ({why}): check the address and the version of what runs there"
             ),
-            gone: false,
+            reason: Reason::Unreachable,
         },
         _ => OpenError::Again(why),
     }

@@ -6,15 +6,17 @@
 use std::{
     io,
     path::{Path, PathBuf},
+    pin::Pin,
     sync::{
         Arc, Mutex,
         atomic::{AtomicBool, Ordering},
     },
+    task::{Context, Poll},
     time::Duration,
 };
 
 use millstream::{
-    Outcome, Streams, exec,
+    Definition, Outcome, Streams,
     reach::{DialError, Dialing, PlaceError, Reach, register},
 };
 use millstream_agent::{
@@ -38,7 +40,7 @@ use turmoil::net::{TcpListener, TcpStream};
 use crate::{
     ledger::Ledger,
     plan::{Order, Plan},
-    scripts::{command, pause, scripts},
+    scripts::{pause, scripts},
 };
 
 const PORT: u16 = 7433;
@@ -84,12 +86,17 @@ impl Agent {
         format!("door-{}", self.number)
     }
 
+    /// Name of the place where its supervisors run.
+    pub(crate) fn supervisors(&self) -> String {
+        format!("supervisors-{}", self.number)
+    }
+
     /// Adds the hosts of door and supervisors.
     pub(crate) fn join(&self, sim: &mut turmoil::Sim<'_>) {
         let (sender, receiver) = mpsc::channel(8);
         let receiver = Arc::new(tokio::sync::Mutex::new(receiver));
         let agent = self.clone();
-        sim.host(format!("supervisors-{}", self.number), move || {
+        sim.host(self.supervisors(), move || {
             let (agent, receiver) = (agent.clone(), Arc::clone(&receiver));
             async move {
                 while let Some(order) = receiver.lock().await.recv().await {
@@ -105,6 +112,7 @@ impl Agent {
 
     async fn supervise(self, order: StartOrder) {
         let StartOrder { directory, listening } = order;
+        let ledger = self.ledger.clone();
         let processes = scripts(&self.ledger, &self.world, self.told_later);
         let host = Host { processes, disk: self.disk };
         let begun = move || {
@@ -112,7 +120,9 @@ impl Agent {
             let _gone = listening.send(());
         };
         let ended = supervisor::attend(&directory, self.world, |_| Ok(host), begun).await;
-        ended.expect("a supervisor ends well");
+        if let Err(error) = ended {
+            ledger.open().troubles.push(format!("a supervisor failed: {error:?}"));
+        }
     }
 
     async fn serve(self, starter: Arc<Starter>) -> turmoil::Result {
@@ -204,16 +214,49 @@ pub(crate) fn register_network() {
     });
 }
 
-/// The test itself: gives its orders, waits for the ends of all tasks, closes.
+/// A program that may be killed: nothing of it is done when it goes before its end, not even what its values do when they are
+/// dropped.
+pub(crate) struct Killable<F>(Option<Pin<Box<F>>>);
+
+impl<F> Killable<F> {
+    pub(crate) fn new(program: F) -> Self {
+        Self(Some(Box::pin(program)))
+    }
+}
+
+impl<F: Future> Future for Killable<F> {
+    type Output = F::Output;
+
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<F::Output> {
+        let program = self.0.as_mut().expect("nobody asks a program that has ended");
+        let polled = program.as_mut().poll(context);
+        if polled.is_ready() {
+            self.0 = None;
+        }
+        polled
+    }
+}
+
+impl<F> Drop for Killable<F> {
+    fn drop(&mut self) {
+        std::mem::forget(self.0.take());
+    }
+}
+
+/// The test itself: gives its orders, waits for the ends of all tasks, closes. `number` tells apart those that come one after
+/// the other.
 pub(crate) async fn test(
     plan: Arc<Plan>,
+    number: u32,
     world: World,
-    results: &Path,
-    found: &Mutex<Option<Found>>,
+    results: PathBuf,
+    found: Arc<Mutex<Option<Found>>>,
 ) -> turmoil::Result {
     let mut builder = Streams::builder("simulation").only_given().results_dir(results).lease(plan.lease);
-    for (number, host) in plan.streams.iter().enumerate() {
-        builder = builder.stream(format!("s{number}"), format!("sim://door-{host}"));
+    for (stream, host) in plan.streams.iter().enumerate() {
+        let definition = Definition::url(format!("sim://door-{host}"));
+        let definition = if plan.exclusive { definition.exclusive() } else { definition };
+        builder = builder.stream(format!("s{stream}"), definition);
     }
     let deadline = Duration::from_secs(3_000);
     let streams = builder.deadline(deadline).simulated(world, Handle::current()).open()?;
@@ -222,9 +265,9 @@ pub(crate) async fn test(
     let mut ends = Vec::new();
     for order in &plan.orders {
         match order {
-            Order::Run { stream, steps } => tasks.push(streams.get(*stream)?.run_bg(exec(command(steps)))),
-            Order::Prepare { stream, steps } => {
-                let held = streams.get(*stream)?.prepare(exec(command(steps)));
+            Order::Run { stream, program } => tasks.push(streams.get(*stream)?.run_bg(program.block(number))),
+            Order::Prepare { stream, program } => {
+                let held = streams.get(*stream)?.prepare(program.block(number));
                 tasks.push(held.task().clone());
                 prepared.push_back(held);
             }

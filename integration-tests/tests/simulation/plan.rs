@@ -1,8 +1,11 @@
 //! What a seed decides: the blocks of a test, when they are ended by hand, and the faults of its world.
 
-use std::time::Duration;
+use std::{collections::BTreeMap, ops::Range, time::Duration};
 
-use crate::{dice::Dice, scripts::Step};
+use crate::{
+    dice::Dice,
+    steps::{Program, Step},
+};
 
 /// Everything that happens in one simulation.
 #[derive(Debug)]
@@ -17,6 +20,16 @@ pub(crate) struct Plan {
     pub(crate) told_later: bool,
     /// Longest time that a message is under way.
     pub(crate) latency: Duration,
+    /// Whether the test has its hosts for itself.
+    pub(crate) exclusive: bool,
+    pub(crate) kill: Option<Kill>,
+}
+
+/// The test is killed as a process is, and started again.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Kill {
+    pub(crate) at: Duration,
+    pub(crate) back_after: Duration,
 }
 
 /// What the test does, one after the other.
@@ -24,12 +37,12 @@ pub(crate) struct Plan {
 pub(crate) enum Order {
     Run {
         stream: usize,
-        steps: Vec<Step>,
+        program: Program,
     },
     /// Prepares a block, and lets it go later.
     Prepare {
         stream: usize,
-        steps: Vec<Step>,
+        program: Program,
     },
     /// Lets the oldest prepared block go, if there is one.
     Go,
@@ -70,7 +83,13 @@ pub(crate) enum FaultKind {
     Crash,
     /// Nothing of tasks can be written on the host.
     Full,
+    /// All supervisors of the host are killed, with what they run; none can be started before the end.
+    Supervisors,
 }
+
+/// Seeds whose plans are narrow: they have no topics, results, several phases or kills of controllers and supervisors. Some
+/// of them once found something.
+pub(crate) const NARROW: Range<u64> = 0..100;
 
 impl Plan {
     pub(crate) fn of(seed: u64) -> Self {
@@ -88,7 +107,47 @@ impl Plan {
         if dice.percent(20) {
             faults.push(Fault { kind: FaultKind::Full, ..fault(&mut dice, hosts) });
         }
-        Self { hosts, streams, lease, orders, faults, told_later, latency }
+        let (exclusive, kill) = (false, None);
+        let mut plan = Self { hosts, streams, lease, orders, faults, told_later, latency, exclusive, kill };
+        if !NARROW.contains(&seed) {
+            plan.widen(&mut dice);
+        }
+        plan
+    }
+
+    fn widen(&mut self, dice: &mut Dice) {
+        let mut published = BTreeMap::new();
+        for order in &mut self.orders {
+            if let Order::Run { program, .. } | Order::Prepare { program, .. } = order {
+                widen(dice, program, &mut published);
+            }
+        }
+        if dice.percent(35) {
+            let lasts = dice.millis(5..=800);
+            let kind = FaultKind::Supervisors;
+            self.faults.push(Fault { kind, lasts, ..fault(dice, self.hosts) });
+        }
+        self.exclusive = dice.percent(30);
+        if dice.percent(35) {
+            let back_after =
+                if dice.percent(80) { dice.millis(5..=3_000) } else { dice.millis(3_000..=12_000) };
+            self.kill = Some(Kill { at: dice.millis(200..=6_000), back_after });
+        }
+    }
+
+    /// The programs of the tasks, in the order in which they are scheduled.
+    pub(crate) fn programs(&self) -> impl Iterator<Item = &Program> {
+        self.orders.iter().filter_map(|order| match order {
+            Order::Run { program, .. } | Order::Prepare { program, .. } => Some(program),
+            _ => None,
+        })
+    }
+
+    /// Whether the test wants this task ended, by its number from 0.
+    pub(crate) fn ends(&self, number: usize) -> bool {
+        self.orders
+            .iter()
+            .any(|order| matches!(order, Order::Stop { task } | Order::Cancel { task } if *task == number))
     }
 
     /// Whether a session may have been lost: a fault can outlast what a controller believes of its lease.
@@ -98,9 +157,9 @@ impl Plan {
         self.faults.iter().any(|fault| fault.lasts + slack >= self.lease)
     }
 
-    /// Whether a disk is full for a while.
-    pub(crate) fn may_fill_disks(&self) -> bool {
-        self.faults.iter().any(|fault| fault.kind == FaultKind::Full)
+    /// Whether a fault of this kind happens.
+    pub(crate) fn has(&self, kind: FaultKind) -> bool {
+        self.faults.iter().any(|fault| fault.kind == kind)
     }
 }
 
@@ -120,17 +179,17 @@ fn orders(dice: &mut Dice, streams: usize) -> Vec<Order> {
                 if dice.percent(10) {
                     steps.insert(0, Step::Exit { code: 7 });
                 }
-                orders.push(Order::Run { stream, steps });
+                orders.push(Order::Run { stream, program: Program::of(steps) });
                 tasks += 1;
             }
         } else {
             for _ in 0..dice.among(1..=6) {
-                let (stream, steps) = (dice.index(streams), steps(dice));
+                let (stream, program) = (dice.index(streams), Program::of(steps(dice)));
                 let prepare = dice.percent(15);
                 orders.push(if prepare {
-                    Order::Prepare { stream, steps }
+                    Order::Prepare { stream, program }
                 } else {
-                    Order::Run { stream, steps }
+                    Order::Run { stream, program }
                 });
                 tasks += 1;
                 if prepare && dice.percent(70) {
@@ -167,6 +226,41 @@ fn steps(dice: &mut Dice) -> Vec<Step> {
         });
     }
     steps
+}
+
+/// Adds results, values of topics and more phases. `published` counts what was published by then, by topic.
+fn widen(dice: &mut Dice, program: &mut Program, published: &mut BTreeMap<String, u32>) {
+    let mut put = |dice: &mut Dice, step: Step| {
+        let place = dice.index(program.run.len() + 1);
+        program.run.insert(place, step);
+    };
+    if dice.percent(30) {
+        let bytes = if dice.percent(20) { 300_000 } else { 3_000 };
+        let bytes = usize::try_from(dice.among(0..=bytes)).unwrap();
+        put(dice, Step::Leave { bytes });
+    }
+    let topic = format!("topic-{}", dice.among(0..=1));
+    let count = published.entry(topic.clone()).or_default();
+    // Sometimes one more than there will be.
+    let wanted = (*count).max(1) + u32::from(dice.percent(20));
+    match dice.among(0..=9) {
+        0..=2 => {
+            *count += 1;
+            put(dice, Step::Publish { topic });
+        }
+        3 => put(dice, Step::Await { topic, count: wanted }),
+        4 => put(dice, Step::Follow { topic, count: wanted }),
+        _ => {}
+    }
+    if dice.percent(20) {
+        program.setup = steps(dice);
+    }
+    if dice.percent(25) {
+        program.teardown = steps(dice);
+        if dice.percent(30) {
+            program.teardown.insert(0, Step::Leave { bytes: 100 });
+        }
+    }
 }
 
 fn fault(dice: &mut Dice, hosts: usize) -> Fault {

@@ -1,7 +1,10 @@
 //! One simulation from its seed to the complaints about it.
 
 use std::{
-    sync::{Arc, Mutex, atomic::Ordering},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicU32, Ordering},
+    },
     time::Duration,
 };
 
@@ -9,9 +12,9 @@ use tokio::sync::watch;
 
 use crate::{
     dice::{Dice, world},
-    hosts::{Agent, test},
+    hosts::{Agent, Killable, test},
     ledger::Ledger,
-    plan::{Fault, FaultKind, Plan},
+    plan::{Fault, FaultKind, Kill, Plan},
     promises,
 };
 
@@ -21,6 +24,8 @@ const TICK: Duration = Duration::from_millis(5);
 const END_MAX: Duration = Duration::from_secs(400);
 /// Simulated time after a lease within which nothing runs any more.
 const CLEAN_MAX: Duration = Duration::from_secs(30);
+/// Looks at the network between two looks at the disks.
+const LOOKS_EVERY: u32 = 100;
 const CONTROLLER: &str = "controller";
 
 /// Runs a seed and tells which promises were broken.
@@ -31,9 +36,11 @@ pub(crate) fn run(seed: u64) -> Vec<String> {
     let results = tempfile::tempdir().unwrap();
     let states: Vec<_> =
         (0..plan.hosts).map(|_| tempfile::Builder::new().prefix("ms").tempdir_in("/tmp").unwrap()).collect();
+    let found = Arc::new(Mutex::new(None));
+    let tests = AtomicU32::new(0);
     let mut sim = turmoil::Builder::new()
         .tick_duration(TICK)
-        .simulation_duration(END_MAX)
+        .simulation_duration(Duration::MAX)
         .max_message_latency(plan.latency)
         .tcp_capacity(4_096)
         .rng_seed(Dice::new(seed ^ 0x5eed).roll())
@@ -56,35 +63,45 @@ pub(crate) fn run(seed: u64) -> Vec<String> {
     for agent in &agents {
         agent.join(&mut sim);
     }
-    let found = Arc::new(Mutex::new(None));
-    sim.client(CONTROLLER, {
+    sim.host(CONTROLLER, || {
+        let number = tests.fetch_add(1, Ordering::Relaxed);
         let (plan, world, found) = (Arc::clone(&plan), world.clone(), Arc::clone(&found));
-        let results = results.path().to_owned();
-        async move { test(plan, world, &results, &found).await }
+        Killable::new(test(plan, number, world, results.path().to_owned(), found))
     });
     let mut faults: Vec<Running> = plan.faults.iter().map(|&fault| Running { fault, begun: false }).collect();
-    loop {
+    let mut kill = plan.kill;
+    while found.lock().unwrap().is_none() {
         let now = sim.elapsed();
         faults.retain_mut(|fault| !fault.passes(now, &mut sim, &agents));
-        match sim.step() {
-            Ok(false) => {}
-            Ok(true) => break,
-            Err(error) => {
-                let book = ledger.open();
-                return vec![format!("{error}; {plan:?}; {:?}", book.order)];
+        if let Some(Kill { at, back_after }) = kill {
+            if now >= at && sim.is_host_running(CONTROLLER) {
+                sim.crash(CONTROLLER);
+            }
+            if now >= at + back_after {
+                sim.bounce(CONTROLLER);
+                kill = None;
+            }
+        }
+        let stuck = (now >= END_MAX).then(|| format!("the test has not ended after {END_MAX:?}"));
+        if let Some(problem) = stuck.or_else(|| sim.step().err().map(|error| error.to_string())) {
+            return vec![format!("{problem}; {plan:#?}; {:#?}", ledger.open().events)];
+        }
+    }
+    let found = found.lock().unwrap().take().expect("it was there when it was looked for");
+    let states: Vec<_> = states.iter().map(tempfile::TempDir::path).collect();
+    if found.left_behind.is_some() || tests.load(Ordering::Relaxed) > 1 {
+        // What nobody owns, or whoever could not be asked, ends by itself.
+        let until = sim.elapsed() + plan.lease + CLEAN_MAX;
+        while sim.elapsed() < until && (ledger.open().running > 0 || !promises::ownerless(&states).is_empty())
+        {
+            for _ in 0..LOOKS_EVERY {
+                // A door that was killed comes back all the same.
+                faults.retain_mut(|fault| !fault.passes(sim.elapsed(), &mut sim, &agents));
+                sim.step().unwrap();
             }
         }
     }
-    let found = found.lock().unwrap().take().expect("a test that has ended has left its findings");
-    if found.left_behind.is_some() {
-        // Whoever could not be asked ends it by itself.
-        let until = sim.elapsed() + plan.lease + CLEAN_MAX;
-        while ledger.open().running > 0 && sim.elapsed() < until {
-            sim.step().unwrap();
-        }
-    }
-    let states: Vec<_> = states.iter().map(tempfile::TempDir::path).collect();
-    let complaints = promises::check(&plan, &found, &ledger.open(), &states);
+    let complaints = promises::check(&plan, &found, &ledger.open(), &states, results.path());
     if !complaints.is_empty() {
         eprintln!("seed {seed}: {plan:#?}");
         found.outcomes.iter().for_each(|outcome| eprintln!("{outcome}"));
@@ -113,6 +130,7 @@ impl Running {
                 FaultKind::Cut => agent.cuts.send_modify(|count| *count += 1),
                 FaultKind::Crash => sim.crash(door.as_str()),
                 FaultKind::Full => agent.disk.full.store(true, Ordering::Relaxed),
+                FaultKind::Supervisors => sim.crash(agent.supervisors()),
             }
             return false;
         }
@@ -126,6 +144,7 @@ impl Running {
                 FaultKind::Cut => {}
                 FaultKind::Crash => sim.bounce(door.as_str()),
                 FaultKind::Full => agent.disk.full.store(false, Ordering::Relaxed),
+                FaultKind::Supervisors => sim.bounce(agent.supervisors()),
             }
         }
         over

@@ -1,8 +1,9 @@
-//! Programs that are words: what the supervisors of a simulation run in place of processes.
+//! Programs that are words, run: what the supervisors of a simulation have in place of processes.
 
 use std::{
     fmt, io,
     os::fd::OwnedFd,
+    path::PathBuf,
     sync::{
         Arc,
         atomic::{AtomicU32, Ordering},
@@ -10,6 +11,7 @@ use std::{
     time::Duration,
 };
 
+use millstream::Phase;
 use millstream_agent::supervisor::processes::{
     Doing, Ended, Happened, Launch, OutputEnds, ProcessTree, Processes, Refusal, Started,
 };
@@ -18,72 +20,17 @@ use millstream_common::{
     id::TaskId,
     outcome::{Exit, LeakedProcess, Reason},
     spec::ResourceLimits,
-    sync_client::{Entry, Parties, SyncClient},
+    sync_client::{Content, Entry, Parties, SyncClient, SyncError},
 };
 use tokio::{io::AsyncWriteExt as _, net::unix::pipe, sync::oneshot, task::JoinHandle};
 
-use crate::ledger::{Ledger, Running, Verdict};
+use crate::{
+    ledger::{Ledger, Part, Running, Verdict},
+    steps::{PROGRAM, Step, TEST_VARIABLE},
+};
 
-/// Name of the only program there is.
-const PROGRAM: &str = "script";
 const TERMINATE: i32 = 15;
 const KILL: i32 = 9;
-
-/// One thing that a program does.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum Step {
-    Print {
-        stderr: bool,
-        bytes: usize,
-    },
-    Pause {
-        millis: u64,
-    },
-    Meet {
-        barrier: String,
-        parties: u32,
-    },
-    /// Does not end when it is asked to.
-    Stubborn,
-    Exit {
-        code: i32,
-    },
-}
-
-impl fmt::Display for Step {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Print { stderr: false, bytes } => write!(f, "stdout={bytes}"),
-            Self::Print { stderr: true, bytes } => write!(f, "stderr={bytes}"),
-            Self::Pause { millis } => write!(f, "pause={millis}"),
-            Self::Meet { barrier, parties } => write!(f, "meet={parties}:{barrier}"),
-            Self::Stubborn => f.write_str("stubborn"),
-            Self::Exit { code } => write!(f, "exit={code}"),
-        }
-    }
-}
-
-impl Step {
-    fn parse(word: &str) -> Option<Self> {
-        let (key, value) = word.split_once('=').unwrap_or((word, ""));
-        Some(match key {
-            "stdout" | "stderr" => Self::Print { stderr: key == "stderr", bytes: value.parse().ok()? },
-            "pause" => Self::Pause { millis: value.parse().ok()? },
-            "meet" => {
-                let (parties, barrier) = value.split_once(':')?;
-                Self::Meet { barrier: barrier.to_owned(), parties: parties.parse().ok()? }
-            }
-            "stubborn" => Self::Stubborn,
-            "exit" => Self::Exit { code: value.parse().ok()? },
-            _ => return None,
-        })
-    }
-}
-
-/// The command of a block that does these steps.
-pub(crate) fn command(steps: &[Step]) -> Vec<String> {
-    [PROGRAM.to_owned()].into_iter().chain(steps.iter().map(ToString::to_string)).collect()
-}
 
 /// Runs scripts in place of processes.
 #[derive(Debug)]
@@ -156,10 +103,12 @@ fn refusal(detail: impl fmt::Display) -> Refusal {
 
 impl ScriptTree {
     fn begin(&mut self, launch: &Launch) -> Result<(), Refusal> {
-        let [program, words @ ..] = &launch.argv[..] else { return Err(refusal("no program")) };
-        if program != PROGRAM {
+        let [program, phase, words @ ..] = &launch.argv[..] else { return Err(refusal("no program")) };
+        let phase =
+            [Phase::Setup, Phase::Run, Phase::Teardown].into_iter().find(|one| one.to_string() == *phase);
+        let Some(phase) = phase.filter(|_| program == PROGRAM) else {
             return Err(refusal(format!("there is no program `{program}`")));
-        }
+        };
         let steps: Option<Vec<Step>> = words.iter().map(|word| Step::parse(word)).collect();
         let steps = steps.ok_or_else(|| refusal(format!("not a script: {words:?}")))?;
         let outputs = self.outputs.as_ref().ok_or_else(|| refusal("the tree has ended"))?;
@@ -173,9 +122,14 @@ impl ScriptTree {
         let script = Script {
             ledger: self.ledger.clone(),
             world: self.world.clone(),
-            task: self.task,
-            stream: variable("MILLSTREAM_STREAM"),
+            part: Part {
+                test: variable(TEST_VARIABLE).parse().map_err(refusal)?,
+                stream: variable("MILLSTREAM_STREAM"),
+                task: self.task,
+                phase,
+            },
             socket: variable("MILLSTREAM_SYNC"),
+            output: variable("MILLSTREAM_OUTPUT").into(),
             stdout: sender(&outputs.stdout).map_err(refusal)?,
             stderr: sender(&outputs.stderr).map_err(refusal)?,
         };
@@ -256,37 +210,121 @@ impl ProcessTree for ScriptTree {
 struct Script {
     ledger: Ledger,
     world: World,
-    task: TaskId,
-    stream: String,
+    part: Part,
     socket: String,
+    output: PathBuf,
     stdout: pipe::Sender,
     stderr: pipe::Sender,
 }
 
 impl Script {
     async fn run(mut self, steps: &[Step]) -> i32 {
-        let running = self.ledger.begins(self.task, &self.stream);
-        for step in steps {
-            match step {
-                Step::Print { stderr, bytes } => self.print(&running, *stderr, *bytes).await,
-                Step::Pause { millis } => pause(Duration::from_millis(*millis)).await,
+        let running = self.ledger.begins(self.part.clone());
+        let code = self.follow(&running, steps).await;
+        running.note(|life| {
+            life.exits.insert(self.part.phase, code);
+        });
+        code
+    }
+
+    async fn follow(&mut self, running: &Running, steps: &[Step]) -> i32 {
+        for (number, step) in steps.iter().enumerate() {
+            let went_on = match step {
+                Step::Print { stderr, bytes } => {
+                    self.print(running, *stderr, *bytes).await;
+                    true
+                }
+                Step::Pause { millis } => {
+                    pause(Duration::from_millis(*millis)).await;
+                    true
+                }
                 Step::Meet { barrier, parties } => {
                     let verdict = self.meet(barrier, *parties).await;
-                    let broken = matches!(verdict, Verdict::Broken(_));
+                    let released = matches!(verdict, Verdict::Released { .. });
                     running.note(|life| life.meetings.push((barrier.clone(), verdict)));
-                    if broken {
-                        return 1;
-                    }
+                    released
                 }
-                Step::Stubborn => {}
-                Step::Exit { code } => {
-                    running.note(|life| life.completed = true);
-                    return *code;
+                Step::Stubborn => true,
+                Step::Leave { bytes } => {
+                    self.leave(running, number, *bytes);
+                    true
                 }
+                Step::Publish { topic } => self.publish(running, number, topic).await,
+                Step::Await { topic, count } => self.hear(running, topic, *count, false).await,
+                Step::Follow { topic, count } => self.hear(running, topic, *count, true).await,
+                Step::Exit { code } => return *code,
+            };
+            if !went_on {
+                return 1;
             }
         }
-        running.note(|life| life.completed = true);
         0
+    }
+
+    fn leave(&self, running: &Running, number: usize, bytes: usize) {
+        let name = format!("{}-{number}", self.part.phase);
+        let text = format!("{} left by {}\n", name, self.part.task).repeat(bytes / 32 + 1);
+        let content = text.as_bytes()[..bytes].to_vec();
+        // Nothing can end the program between the two.
+        std::fs::write(self.output.join(&name), &content).unwrap();
+        running.note(|life| {
+            life.files.insert(name, content);
+        });
+    }
+
+    async fn publish(&self, running: &Running, number: usize, topic: &str) -> bool {
+        let value = format!("{}/{}/{number}", self.part.task, self.part.phase);
+        running.note(|life| life.published.push((topic.to_owned(), value.clone(), None)));
+        let publishing = async {
+            let client = SyncClient::connect_in(&self.socket, self.world.clone()).await?;
+            client.publish(topic, value).await
+        };
+        match publishing.await {
+            Ok(index) => running.note(|life| life.published.last_mut().unwrap().2 = Some(index)),
+            Err(error) => {
+                running.note(|life| life.unheard.push(error.to_string()));
+                return false;
+            }
+        }
+        true
+    }
+
+    async fn hear(&self, running: &Running, topic: &str, count: u32, listens: bool) -> bool {
+        let hearing = async {
+            let client = SyncClient::connect_in(&self.socket, self.world.clone()).await?;
+            if !listens {
+                return client.wait(topic, count, None).await;
+            }
+            let (mut values, mut subscription) = (Vec::new(), client.subscribe(topic, 0));
+            while values.len() < count as usize {
+                match subscription.wait_next().await? {
+                    Some(value) => values.push(value),
+                    None => return Err(SyncError::Broken(format!("topic {topic} has ended"))),
+                }
+            }
+            Ok(values)
+        };
+        match hearing.await {
+            Ok(values) => {
+                let said = values.into_iter().map(|value| match value.content {
+                    Content::Text(text) => text,
+                    Content::Data(data) => format!("{data:?}"),
+                });
+                let said: Vec<String> = said.collect();
+                let enough = said.len() == count as usize;
+                running.note(|life| life.heard.push((topic.to_owned(), said)));
+                if !enough {
+                    let trouble =
+                        format!("{:?} waited for {count} values of {topic} and got others", self.part);
+                    self.ledger.open().troubles.push(trouble);
+                }
+                true
+            }
+            Err(error) => {
+                running.note(|life| life.unheard.push(error.to_string()));
+                false
+            }
+        }
     }
 
     async fn print(&mut self, running: &Running, stderr: bool, bytes: usize) {
@@ -294,7 +332,8 @@ impl Script {
         let mut line = 0_u32;
         while left > 0 {
             line += 1;
-            let text = format!("{} {} line {line} of {bytes} bytes\n", self.stream, self.task.short());
+            let text =
+                format!("{} {} line {line} of {bytes} bytes\n", self.part.stream, self.part.task.short());
             let text = text.repeat(16);
             let mut rest = &text.as_bytes()[..text.len().min(left)];
             while !rest.is_empty() {

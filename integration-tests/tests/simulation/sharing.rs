@@ -7,7 +7,7 @@ use std::{
     time::Duration,
 };
 
-use millstream::{Definition, OutcomeKind, Streams, StreamsBuilder, Task, exec};
+use millstream::{Definition, OutcomeKind, Streams, StreamsBuilder, Task};
 use millstream_common::clock::World;
 use tokio::{runtime::Handle, sync::watch};
 
@@ -15,7 +15,8 @@ use crate::{
     dice::{Dice, world},
     hosts::{Agent, register_network},
     ledger::Ledger,
-    scripts::{Step, command, pause},
+    scripts::pause,
+    steps::{Program, Step},
 };
 
 type Test = Pin<Box<dyn Future<Output = turmoil::Result>>>;
@@ -72,8 +73,8 @@ fn opened(
 
 /// Schedules a program that takes its time.
 fn busy(streams: &Streams, stream: &str, seconds: u64) -> Task {
-    let steps = [Step::Pause { millis: seconds * 1_000 }];
-    streams.get(stream).unwrap().run_bg(exec(command(&steps)))
+    let steps = vec![Step::Pause { millis: seconds * 1_000 }];
+    streams.get(stream).unwrap().run_bg(Program::of(steps).block(0))
 }
 
 /// Asks a task why it does not run, until it says this.
@@ -155,11 +156,11 @@ fn tests_that_use_the_same_hosts_in_opposite_orders_do_not_lock_each_other_out()
                     let streams =
                         opened(name, &world, &results, exclusive, |builder| builder.take_together(order));
                     // Held up in a barrier, they need both hosts to come to an end.
-                    let steps = [
+                    let steps = vec![
                         Step::Meet { barrier: "both".to_owned(), parties: 2 },
                         Step::Pause { millis: 5_000 },
                     ];
-                    let meet = || exec(command(&steps));
+                    let meet = || Program::of(steps.clone()).block(0);
                     let first = streams.get(order[0])?.run_bg(meet());
                     pause(between).await;
                     let second = streams.get(order[1])?.run_bg(meet());

@@ -76,7 +76,7 @@ pub(crate) const SESSION_REFUSALS: &[&str] = &[
 pub(crate) fn refusal_word(refusal: &OpenRefusal) -> &'static str {
     match refusal {
         OpenRefusal::NotYours => "not_yours",
-        OpenRefusal::Ended => "ended",
+        OpenRefusal::Over(_) => "ended",
         OpenRefusal::Unknown => "unknown",
         OpenRefusal::Draining { .. } => "draining",
         OpenRefusal::Unclean { .. } => "unclean",

@@ -303,7 +303,7 @@ impl Driver {
                 supervised.take_over(task);
             }
         }
-        supervised.mirror().supervisor_gone();
+        supervised.mirror().supervisor_gone(!ended);
         supervised.announce();
         supervised.gone.send_replace(true);
         self.waiting.close();

@@ -72,6 +72,8 @@ pub(crate) struct Mirror {
     supervisor_pid: u32,
     lease_expired: bool,
     closing: bool,
+    /// Whether the supervisor has died.
+    died: bool,
 }
 
 impl Mirror {
@@ -127,6 +129,11 @@ impl Mirror {
         self.lease_expired
     }
 
+    /// Whether the supervisor is gone without having been told to.
+    pub(super) fn has_died(&self) -> bool {
+        self.died
+    }
+
     pub(crate) fn is_closing(&self) -> bool {
         self.closing
     }
@@ -151,7 +158,8 @@ impl Mirror {
     }
 
     /// The supervisor is gone, because it was told to, because the lease was over, or because it died.
-    pub(super) fn supervisor_gone(&mut self) {
+    pub(super) fn supervisor_gone(&mut self, died: bool) {
+        self.died = died;
         self.supervisor_pid = 0;
         self.lease_expired = true;
         self.version += 1;

@@ -114,7 +114,7 @@ impl Session {
         let spec = TaskSpec::try_from(wire).map_err(invalid)?;
         let secret_files = secret_files_in(start.secret_files).map_err(invalid)?;
         let has_spare = self.keep_spec(id, &spec, &encoded).map_err(|error| {
-            (Code::Unavailable, format!("the task cannot be kept in the session's directory: {error}"))
+            (Code::ResourceExhausted, format!("the task cannot be kept in the session's directory: {error}"))
         })?;
         let (stream, number, previous) = (spec.stream.clone(), spec.stream_number, start.previous_number);
         let task = Task {
@@ -149,11 +149,18 @@ impl Session {
             }
         }
         let path = directory.join(SPEC_FILE);
-        self.around.host.disk.admit(&path, encoded.len())?;
-        let mut file =
-            fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(path)?;
-        io::Write::write_all(&mut file, encoded)?;
-        Ok(has_spare)
+        let written = || {
+            self.around.host.disk.admit(&path, encoded.len())?;
+            let mut file =
+                fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&path)?;
+            io::Write::write_all(&mut file, encoded)
+        };
+        written().map(|()| has_spare).inspect_err(|_| {
+            // Nobody has this task, and whoever asks again must find nothing of it: a spare has directories already.
+            if let Err(left) = self.around.spares.retire(&directory) {
+                warn!(%left, "a task that was not taken leaves something behind");
+            }
+        })
     }
 
     fn signal(&mut self, signal: &SignalTask) -> Answer {

@@ -4,6 +4,10 @@ use std::{
     collections::BTreeMap,
     fs,
     process::{Child, Command, Stdio},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -25,7 +29,7 @@ use millstream_proto::{
 use tokio::task::JoinHandle;
 
 use crate::entry::tests::this_test_binary;
-use crate::supervisor::{cgroup::Hierarchies, spool::SpoolReader, *};
+use crate::supervisor::{cgroup::Hierarchies, disk::Disk, spool::SpoolReader, *};
 
 /// Longest wait of a test for something that should come soon.
 pub(super) const PATIENCE: Duration = Duration::from_secs(30);
@@ -44,10 +48,23 @@ pub(super) fn containments() -> Vec<Containment> {
     }
 }
 
+/// A disk that may be full.
+#[derive(Debug, Default)]
+pub(super) struct SmallDisk {
+    pub(super) full: AtomicBool,
+}
+
+impl Disk for SmallDisk {
+    fn admit(&self, _file: &Path, _bytes: usize) -> io::Result<()> {
+        if self.full.load(Ordering::Relaxed) { Err(io::ErrorKind::StorageFull.into()) } else { Ok(()) }
+    }
+}
+
 pub(super) struct Fixture {
     pub(super) world: World,
     pub(super) directory: tempfile::TempDir,
     pub(super) config: SupervisorConfig,
+    pub(super) disk: Arc<SmallDisk>,
     pub(super) doors: mpsc::Sender<UnixStream>,
     pub(super) reader: FrameReader<OwnedReadHalf>,
     pub(super) writer: FrameWriter<OwnedWriteHalf>,
@@ -85,12 +102,15 @@ impl Fixture {
         let (doors, came) = mpsc::channel(DOORS_COUNT_MAX);
         let (ours, theirs) = UnixStream::pair().unwrap();
         doors.send(theirs).await.unwrap();
-        let running = tokio::spawn(run(config.clone(), world.clone(), real_host(&config).unwrap(), came));
+        let disk = Arc::<SmallDisk>::default();
+        let host = Host { disk: Arc::clone(&disk) as _, ..real_host(&config).unwrap() };
+        let running = tokio::spawn(run(config.clone(), world.clone(), host, came));
         let (reader, writer) = ours.into_split();
         let mut fixture = Self {
             world,
             directory,
             config,
+            disk,
             doors,
             reader: FrameReader::new(reader),
             writer: FrameWriter::new(writer),
