@@ -143,18 +143,24 @@ impl Drop for Holder {
     }
 }
 
-/// Gives an asking up when its caller goes away.
-struct AskingGuard<'a> {
+/// An asking whose caller may go away at any time: what it has, or gets in that moment, is given back.
+struct Asked<'a> {
     shared: &'a Shared,
     ticket: Ticket,
+    session_id: SessionId,
+    answer: oneshot::Receiver<Result<Admitted, OpenRefusal>>,
 }
 
-impl Drop for AskingGuard<'_> {
+impl Drop for Asked<'_> {
     fn drop(&mut self) {
-        let mut askings = self.shared.askings.lock().unwrap_or_else(PoisonError::into_inner);
-        if askings.remove(&self.ticket).is_some() {
-            drop(askings);
+        // Answers are given under this lock: there is one already, or there will be none.
+        let is_open =
+            self.shared.askings.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.ticket).is_some();
+        if is_open {
             self.shared.tell(Event::Left { ticket: self.ticket });
+        } else if let Ok(Ok(Admitted { epoch, resumed: false })) = self.answer.try_recv() {
+            // Nobody will start a supervisor for it, and without one no lease ends it.
+            self.shared.tell(Event::Abandoned { session_id: self.session_id, epoch });
         }
     }
 }
@@ -205,9 +211,9 @@ impl Shared {
                 Action::Admit { ticket, epoch, resumed, .. } => (ticket, Ok(Admitted { epoch, resumed })),
                 Action::Refuse { ticket, refusal } => (ticket, Err(refusal)),
             };
-            // Whoever asked may have gone; a session that it was given ends with its lease.
             if let Some(asking) = askings.remove(&ticket) {
-                let _gone = asking.send(answer);
+                // Whoever asked takes its asking back before it goes.
+                let _never: Result<(), _> = asking.send(answer);
             }
         }
         drop(askings);
@@ -218,21 +224,26 @@ impl Shared {
     /// Opens a session or comes back to one: waits for its turn, and for its supervisor.
     pub(crate) async fn open(self: &Arc<Self>, asking: Asking) -> Result<Opened, Status> {
         let ticket = self.next_ticket.fetch_add(1, Ordering::Relaxed);
-        let (answer, answered) = oneshot::channel();
-        self.askings.lock().unwrap_or_else(PoisonError::into_inner).insert(ticket, answer);
-        let guard = AskingGuard { shared: self, ticket };
-        let (session_id, lease) = (asking.session_id, asking.lease);
+        let (session_id, lease, exclusive) = (asking.session_id, asking.lease, asking.exclusive);
         let (owner, client) = (asking.owner.clone(), asking.client.clone());
+        let (give, answer) = oneshot::channel();
+        self.askings.lock().unwrap_or_else(PoisonError::into_inner).insert(ticket, give);
+        let mut asked = Asked { shared: self, ticket, session_id, answer };
         self.tell(Event::Asked { ticket, asking, wall_ns: self.world.clock.wall_ns() });
-        let admitted = answered.await.map_err(|_| Status::unavailable("the agent is ending: try again"))?;
-        drop(guard);
+        let answered = (&mut asked.answer).await;
+        let admitted = answered.map_err(|_| Status::unavailable("the agent is ending: try again"))?;
+        drop(asked);
         let admitted = admitted.map_err(|refusal| {
             self.ledger.session_refused(&owner, &client, &refusal);
             service::open_refused(&refusal)
         })?;
         // Begun things are finished even when the caller goes: otherwise a session would be open without a supervisor.
         let shared = Arc::clone(self);
-        let starting = tokio::spawn(async move { shared.start(session_id, lease).await });
+        let starting = tokio::spawn(async move {
+            let supervised = shared.start(session_id, admitted.epoch, lease).await?;
+            supervised.page.opened(admitted.resumed, exclusive);
+            Ok::<_, StartError>(supervised)
+        });
         let started = starting.await.map_err(|error| Status::internal(error.to_string()))?;
         let supervised = started.map_err(|error| {
             self.last_errors.add(&*self.world.clock, &error.to_string());
@@ -243,7 +254,12 @@ impl Shared {
 
     /// The supervisor of an admitted session: the one that runs, or a new one. The session's new epoch is on disk before
     /// anybody hears of it.
-    async fn start(&self, session_id: SessionId, lease: Duration) -> Result<Arc<Supervised>, StartError> {
+    async fn start(
+        &self,
+        session_id: SessionId,
+        epoch: u64,
+        lease: Duration,
+    ) -> Result<Arc<Supervised>, StartError> {
         let directory = self.directory(session_id);
         let failed = {
             let directory = directory.clone();
@@ -266,11 +282,15 @@ impl Shared {
             }
             Err(error) => {
                 error!(session = %session_id, %error, "a session could not begin");
-                self.supervised.lock().unwrap_or_else(PoisonError::into_inner).remove(&session_id);
-                if let Err(error) = directory.remove() {
-                    warn!(session = %session_id, %error, "the directory of a session cannot be removed");
+                // A controller that has come back meanwhile tries for itself, in the same directory.
+                let is_ours = self.sessions().get(session_id).is_some_and(|session| session.epoch == epoch);
+                if is_ours {
+                    self.supervised.lock().unwrap_or_else(PoisonError::into_inner).remove(&session_id);
+                    if let Err(error) = directory.remove() {
+                        warn!(session = %session_id, %error, "the directory of a session cannot be removed");
+                    }
+                    self.tell(Event::Abandoned { session_id, epoch });
                 }
-                self.tell(Event::Abandoned { session_id });
                 Err(error)
             }
         }

@@ -25,7 +25,7 @@ use millstream_common::{id::SessionId, limits};
 
 pub use bounds::{Bounds, Share};
 pub use words::{
-    Access, Action, Asking, Drain, Event, Found, Key, KeyRefusal, OpenRefusal, Owner, Secret, Ticket,
+    Access, Action, Asking, Drain, Event, Found, Holding, Key, KeyRefusal, OpenRefusal, Owner, Secret, Ticket,
 };
 
 /// Where a session is in its life.
@@ -85,11 +85,27 @@ impl Session {
 #[derive(Debug)]
 struct Waiter {
     asking: Asking,
+    /// When it asked first, for people.
     wall_ns: u64,
+    /// The same, since the start of the host.
+    since: Duration,
     /// None while nobody waits for the answer: the place is kept until `until`.
     ticket: Option<Ticket>,
     /// When the present asking is answered with a refusal, or the place is given up.
     until: Duration,
+}
+
+/// Somebody who waits in line for the host.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Waiting<'a> {
+    /// Who it is.
+    pub owner: &'a Owner,
+    /// What the controller calls itself.
+    pub client: &'a str,
+    /// Whether it wants the host for itself.
+    pub exclusive: bool,
+    /// When it asked first, for people.
+    pub asked_time_ns: u64,
 }
 
 /// How many closed sessions are remembered, so that their numbers are never used again by mistake.
@@ -131,6 +147,16 @@ impl Sessions {
         self.waiting.len()
     }
 
+    /// Those who wait, in the order in which they are let in.
+    pub fn waiting(&self) -> impl Iterator<Item = Waiting<'_>> {
+        self.waiting.iter().map(|Waiter { asking, wall_ns, .. }| Waiting {
+            owner: &asking.owner,
+            client: &asking.client,
+            exclusive: asking.exclusive,
+            asked_time_ns: *wall_ns,
+        })
+    }
+
     /// Takes in one event. Never blocks and never reads a clock: `now` is the time since the start of the host.
     pub fn handle(&mut self, event: Event, now: Duration, actions: &mut Vec<Action>) {
         match event {
@@ -155,7 +181,7 @@ impl Sessions {
             }
             Event::Closed { session_id } => self.forget(session_id),
             Event::Withdrawn { key, owner } => self.withdraw(&key, &owner, actions),
-            Event::Abandoned { session_id } => drop(self.sessions.remove(&session_id)),
+            Event::Abandoned { session_id, epoch } => self.abandon(session_id, epoch),
             Event::Connected { session_id, came } => {
                 if let Some(session) = self.sessions.get_mut(&session_id) {
                     let change = if came { u32::checked_add } else { u32::checked_sub };
@@ -215,10 +241,16 @@ impl Sessions {
         self.sessions.iter().map(|(id, session)| (*id, session))
     }
 
+    /// How many sessions have something to run, or may have.
+    #[must_use]
+    pub fn holding_count(&self) -> usize {
+        self.sessions.values().filter(|session| session.holds_host()).count()
+    }
+
     /// Whether nothing runs in any session, and nothing will: of those that there are, only the results are kept.
     #[must_use]
     pub fn all_settled(&self) -> bool {
-        self.sessions.values().all(|session| session.stage == Stage::Settled)
+        self.holding_count() == 0
     }
 
     /// Why nothing new is taken, if so.
@@ -270,7 +302,9 @@ impl Sessions {
                 waiter.until = until;
                 waiter.asking = asking;
             }
-            None => self.waiting.push_back(Waiter { asking, wall_ns, ticket: Some(ticket), until }),
+            None => {
+                self.waiting.push_back(Waiter { asking, wall_ns, since: now, ticket: Some(ticket), until })
+            }
         }
     }
 
@@ -343,9 +377,11 @@ impl Sessions {
             }
             // One whose controller is just asking again keeps its turn until its place is given up.
             let Some(ticket) = first.ticket else { break };
-            let Some(Waiter { asking, wall_ns, .. }) = self.waiting.pop_front() else { break };
+            let Some(Waiter { asking, wall_ns, since, .. }) = self.waiting.pop_front() else { break };
             let session_id = asking.session_id;
-            self.sessions.insert(session_id, Session::begin(asking, wall_ns, now));
+            let waited_ns = u64::try_from(now.saturating_sub(since).as_nanos()).unwrap_or(u64::MAX);
+            let open_time_ns = wall_ns.saturating_add(waited_ns);
+            self.sessions.insert(session_id, Session::begin(asking, open_time_ns, now));
             actions.push(Action::Admit { ticket, session_id, epoch: 1, resumed: false });
         }
         self.answer_patient(now, actions);
@@ -369,18 +405,25 @@ impl Sessions {
     fn reserved(&self, place: usize, now: Duration) -> OpenRefusal {
         let asking = &self.waiting[place].asking;
         let waiting = self.waiting.len();
-        let (holder, client, since, exclusive) = match self.in_the_way(asking) {
-            Some(session) => {
-                (&session.owner, &session.client, now.saturating_sub(session.since), session.exclusive)
+        let (holder, client, since, how) = match self.in_the_way(asking) {
+            Some(session) if session.exclusive => {
+                (&session.owner, &session.client, session.since, Holding::Reserves)
             }
+            Some(session) => (&session.owner, &session.client, session.since, Holding::Uses),
             // Nobody but those who are before it in line.
             None => {
-                let first = &self.waiting[0].asking;
-                (&first.owner, &first.client, Duration::ZERO, first.exclusive)
+                let Waiter { asking: first, since, .. } = &self.waiting[0];
+                (&first.owner, &first.client, *since, Holding::Awaits)
             }
         };
-        let (holder, client) = (holder.clone(), client.clone());
-        OpenRefusal::Reserved { holder, client, since, exclusive, place: place + 1, waiting }
+        OpenRefusal::Reserved {
+            holder: holder.clone(),
+            client: client.clone(),
+            since: now.saturating_sub(since),
+            how,
+            place: place + 1,
+            waiting,
+        }
     }
 
     /// A session that keeps this asking from being granted.
@@ -462,6 +505,12 @@ impl Sessions {
         }
     }
 
+    fn abandon(&mut self, session_id: SessionId, epoch: u64) {
+        if self.sessions.get(&session_id).is_some_and(|session| session.epoch == epoch) {
+            self.sessions.remove(&session_id);
+        }
+    }
+
     fn forget(&mut self, session_id: SessionId) {
         if self.sessions.remove(&session_id).is_some() {
             if self.closed.len() == CLOSED_COUNT_MAX {
@@ -473,7 +522,7 @@ impl Sessions {
 }
 
 impl Session {
-    fn begin(asking: Asking, wall_ns: u64, now: Duration) -> Self {
+    fn begin(asking: Asking, open_time_ns: u64, now: Duration) -> Self {
         Self {
             secret: asking.secret,
             owner: asking.owner,
@@ -482,7 +531,7 @@ impl Session {
             lease: asking.lease,
             lease_end: now + asking.lease,
             exclusive: asking.exclusive,
-            open_time_ns: wall_ns,
+            open_time_ns,
             since: now,
             stage: Stage::Open,
             connections: 0,

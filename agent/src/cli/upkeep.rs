@@ -124,8 +124,8 @@ impl Drain {
     }
 }
 
-/// Watches the agent until no session has a supervisor any more; those that are over and of which only results are kept have
-/// none.
+/// Watches the agent until no session has a supervisor or may still get one; those that are over and of which only results are
+/// kept have neither that nor a lease.
 async fn wait_until_idle(
     client: &mut AgentServiceClient<Channel>,
     left: &mut usize,
@@ -133,7 +133,11 @@ async fn wait_until_idle(
     let mut watched = client.watch_status(v1::WatchStatusRequest {}).await?.into_inner();
     while let Some(message) = watched.message().await? {
         let sessions = message.status.unwrap_or_default().sessions;
-        *left = sessions.iter().filter(|session| session.supervisor_pid > 0).count();
+        let has_lease = |session: &v1::SessionStatus| {
+            session.lease_left.is_some_and(|left| left != prost_types::Duration::default())
+        };
+        let goes_on = |session: &&v1::SessionStatus| session.supervisor_pid > 0 || has_lease(session);
+        *left = sessions.iter().filter(goes_on).count();
         if *left == 0 {
             return Ok(());
         }

@@ -37,7 +37,6 @@ use self::relay::Relay;
 use super::{
     Shared,
     identity::{Caller, caller_of},
-    ledger::Accepted,
     supervisors::Supervised,
     survivors::Survivor,
     uploads::{self, ArchivePieces},
@@ -250,13 +249,6 @@ fn blobs_of(spec: &TaskSpec) -> Vec<BlobDigest> {
     spec.files.iter().filter_map(blob).collect()
 }
 
-/// What runs, as one word for the log of starts.
-fn program_of(spec: &TaskSpec) -> String {
-    use millstream_common::spec::Phase;
-    let run = spec.phases.iter().find(|phase| phase.phase == Phase::Run);
-    printable(run.and_then(|phase| phase.argv.first()).map_or(&[][..], |program| program.as_bytes()), 128)
-}
-
 #[tonic::async_trait]
 impl AgentService for Service {
     async fn get_status(
@@ -304,9 +296,7 @@ impl AgentService for Service {
         let wanted = request.lease_duration;
         let asking = asking_in(request, &caller, lease_max)?;
         let (session_id, lease) = (asking.session_id, asking.lease);
-        let exclusive = asking.exclusive;
         let opened = self.shared.open(asking).await?;
-        opened.supervised.page.opened(opened.resumed, exclusive);
         let known_tasks = if opened.resumed {
             let mirror = opened.supervised.mirror();
             let known = |(id, task): (TaskId, &Arc<super::supervisors::TaskView>)| v1::KnownTask {
@@ -424,15 +414,6 @@ impl AgentService for Service {
         let reply = reply.inspect_err(|_| self.shared.starts.forget(&[task_id]))?;
         let answer =
             reply.start.ok_or_else(|| Status::internal("the supervisor gave no answer to a start"))?;
-        if answer.accepted_by_this_call {
-            held.supervised.page.task_accepted(&Accepted {
-                task: &task,
-                stream: spec.stream.as_ref(),
-                block: spec.name.as_ref(),
-                program: &program_of(&spec),
-                user: spec.user.as_deref().unwrap_or(""),
-            });
-        }
         Ok(Response::new(answer))
     }
 

@@ -15,7 +15,7 @@ use tokio::time::Instant;
 use super::{Shared, survivors::Survivor, upkeep};
 use crate::{
     host,
-    session::{Session, Stage},
+    session::{Session, Stage, Waiting},
 };
 
 /// Tasks of one session that are shown.
@@ -116,6 +116,11 @@ impl Shared {
         let spool = self.disk_use.measure(self).await;
         let now = self.world.clock.since_boot();
         let (state, state_reason) = self.state();
+        let (drain, waiting) = {
+            let sessions = self.sessions();
+            let drain = sessions.draining().map(upkeep::drain_status);
+            (drain, sessions.waiting().map(waiting_status).collect())
+        };
         v1::AgentStatus {
             version: self.build.spoken.version.to_owned(),
             protocol_min: self.build.spoken.min,
@@ -130,9 +135,10 @@ impl Shared {
             sessions: self.session_statuses(now),
             spool: Some(spool),
             last_errors: self.last_errors.lines(),
-            drain: self.sessions().draining().map(upkeep::drain_status),
+            drain,
             survivors: self.survivors().iter().map(Survivor::status).collect(),
             certificate: self.certificate.status(),
+            waiting,
         }
     }
 
@@ -182,6 +188,15 @@ impl Shared {
             tasks,
             tasks_count,
         }
+    }
+}
+
+fn waiting_status(waiting: Waiting<'_>) -> v1::WaitingStatus {
+    v1::WaitingStatus {
+        owner: waiting.owner.to_string(),
+        client: waiting.client.to_owned(),
+        exclusive: waiting.exclusive,
+        asked_time: Some(convert::timestamp(waiting.asked_time_ns)),
     }
 }
 

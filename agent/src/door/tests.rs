@@ -23,6 +23,7 @@ use tonic::{Code, transport::Channel};
 
 mod records;
 mod upkeep;
+mod waiting;
 
 use super::{Connection, Door, DoorConfig, DoorError, Shared, Supervisors, identity::Caller};
 use crate::{entry::tests::this_test_binary, session::Bounds};

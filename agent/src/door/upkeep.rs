@@ -9,7 +9,7 @@ use std::{
     time::Duration,
 };
 
-use millstream_common::{id::SessionId, limits, text::printable};
+use millstream_common::{limits, text::printable};
 use millstream_proto::v1;
 use tokio::{task::JoinSet, time::timeout};
 use tonic::Status;
@@ -70,7 +70,7 @@ impl Shared {
         info!(%caller, %drain, "draining");
         self.ledger.drained(&drain);
         self.tell(Event::DrainBegan(drain));
-        let going_on = self.sessions().iter().filter(|(id, _)| self.has_supervisor(*id)).count();
+        let going_on = self.sessions().holding_count();
         Ok(u32::try_from(going_on).unwrap_or(u32::MAX))
     }
 
@@ -90,22 +90,24 @@ impl Shared {
         force: bool,
         caller: &Caller,
     ) -> Result<Vec<Survivor>, Status> {
-        let shared = Arc::clone(self);
-        let cleaning = tokio::spawn(async move { shared.clean_once().await });
-        let left = cleaning.await.map_err(|error| Status::internal(error.to_string()))?;
-        info!(%caller, force, left = left.len(), "cleaned");
-        self.ledger.cleaned(caller, force, left.len());
-        if force {
-            self.forget(|survivor| left.contains(survivor));
-        }
-        Ok(left)
+        let (shared, caller) = (Arc::clone(self), caller.clone());
+        let cleaning = tokio::spawn(async move {
+            let left = shared.clean_once().await;
+            info!(%caller, force, left = left.len(), "cleaned");
+            shared.ledger.cleaned(&caller, force, left.len());
+            if force {
+                shared.forget(|survivor| left.contains(survivor));
+            }
+            left
+        });
+        cleaning.await.map_err(|error| Status::internal(error.to_string()))
     }
 
-    async fn clean_once(self: Arc<Self>) -> Vec<Survivor> {
+    async fn clean_once(self: &Arc<Self>) -> Vec<Survivor> {
         let known = self.survivors();
         let mut ending = JoinSet::new();
         for survivor in known.clone() {
-            let (shared, directory) = (Arc::clone(&self), self.left_directory(&survivor));
+            let (shared, directory) = (Arc::clone(self), self.left_directory(&survivor));
             ending.spawn(async move {
                 if survivor.pid > 0 {
                     drop(timeout(limits::KILL_MAX, survivor.end()).await);
@@ -237,10 +239,6 @@ impl Shared {
             *record = before;
         }
         written
-    }
-
-    fn has_supervisor(&self, session_id: SessionId) -> bool {
-        self.supervised(session_id).is_some_and(|supervised| supervised.mirror().supervisor_pid() > 0)
     }
 }
 

@@ -124,7 +124,7 @@ fn a_reserved_host_is_given_on_in_the_order_of_asking() {
             6 s: 2 refused: the host is reserved by owner-1 (test-1) for 6.0 s; this asking is the next in line: ask again, the place is kept
             7 s: 3 refused: the host is reserved by owner-1 (test-1) for 7.0 s; 1 is before this asking in line: ask again, the place is kept
             8 s: 5 admitted, epoch 1, resumed false
-            8 s: 4 refused: the host is reserved by owner-3 (test-3) for 0.0 s; 1 is before this asking in line: ask again, the place is kept
+            8 s: 4 refused: the host is awaited by owner-3 (test-3) for 6.0 s; 1 is before this asking in line: ask again, the place is kept
         "#]],
     );
 }
@@ -284,7 +284,7 @@ fn a_closed_number_is_never_used_again_but_one_that_never_began_may_be() {
             (1, Event::Closed { session_id: id(1) }),
             (1, asked(2, asking(1))),
             (2, asked(3, asking(2))),
-            (2, Event::Abandoned { session_id: id(2) }),
+            (2, Event::Abandoned { session_id: id(2), epoch: 1 }),
             (3, asked(4, asking(2))),
         ],
         &expect![[r#"
@@ -294,6 +294,49 @@ fn a_closed_number_is_never_used_again_but_one_that_never_began_may_be() {
             3 s: 4 admitted, epoch 1, resumed false
         "#]],
     );
+}
+
+#[test]
+fn a_session_that_its_controller_came_back_to_is_not_abandoned() {
+    let sessions = check(
+        vec![
+            (0, asked(1, exclusive(1))),
+            (0, asked(2, Asking { resume: true, ..exclusive(1) })),
+            (1, Event::Abandoned { session_id: id(1), epoch: 1 }),
+        ],
+        &expect![[r#"
+            0 s: 1 admitted, epoch 1, resumed false
+            0 s: 2 admitted, epoch 2, resumed true
+        "#]],
+    );
+    assert_eq!(sessions.get(id(1)).unwrap().epoch, 2);
+}
+
+#[test]
+fn those_who_wait_are_listed_in_their_order_and_a_session_is_as_old_as_its_admission() {
+    let wall = |ticket, asking, wall_ns| Event::Asked { ticket, asking, wall_ns };
+    let script = vec![
+        (0, wall(1, exclusive(1), 1_000)),
+        (2, wall(2, asking(2), 2_000)),
+        (3, wall(3, exclusive(3), 3_000)),
+        // Asked again: the place and its time are the first one's.
+        (4, wall(4, asking(2), 4_000)),
+    ];
+    let refused = expect![[r#"
+        0 s: 1 admitted, epoch 1, resumed false
+        4 s: 2 refused: the same session was asked for again: the newer call gets the answer
+    "#]];
+    let mut sessions = check(script, &refused);
+    let shown = |sessions: &Sessions| -> Vec<_> {
+        let line = |waiting: Waiting<'_>| {
+            format!("{} {} {} {}", waiting.owner, waiting.client, waiting.exclusive, waiting.asked_time_ns)
+        };
+        sessions.waiting().map(line).collect()
+    };
+    assert_eq!(shown(&sessions), ["owner-2 test-2 false 2000", "owner-3 test-3 true 3000"]);
+    sessions.handle(Event::Closed { session_id: id(1) }, Duration::from_secs(7), &mut Vec::new());
+    assert_eq!(shown(&sessions), ["owner-3 test-3 true 3000"]);
+    assert_eq!(sessions.get(id(2)).unwrap().open_time_ns, 5_000_002_000, "five seconds after it asked");
 }
 
 fn key(number: u8, epoch: u64) -> Key {
@@ -357,7 +400,7 @@ fn any_event() -> impl Strategy<Value = Event> {
         1 => number.clone().prop_map(|n| Event::Closing { session_id: id(n) }),
         2 => number.clone().prop_map(|n| Event::Closed { session_id: id(n) }),
         1 => number.clone().prop_map(|n| Event::Withdrawn { key: key(n, 0), owner: asking(n).owner }),
-        1 => number.prop_map(|n| Event::Abandoned { session_id: id(n) }),
+        1 => (number, 1..3_u64).prop_map(|(n, epoch)| Event::Abandoned { session_id: id(n), epoch }),
         2 => Just(Event::TimePassed),
         1 => any::<bool>().prop_map(|begins| if begins { drain("") } else { Event::DrainEnded }),
         1 => any::<bool>().prop_map(|any| left_behind(if any { &["process 1 `a`"] } else { &[] })),

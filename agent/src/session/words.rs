@@ -189,10 +189,13 @@ pub enum Event {
         /// Who it is.
         owner: Owner,
     },
-    /// A session could not be begun on this host: its number may be used again.
+    /// A session that was just given could not be begun on this host, or whoever asked for it went before it was: its number
+    /// may be used again. Nothing happens when its controller has come back meanwhile.
     Abandoned {
         /// The session.
         session_id: SessionId,
+        /// With which it was given.
+        epoch: u64,
     },
     /// A controller's connection holds the session, or one less does.
     Connected {
@@ -286,7 +289,7 @@ pub enum OpenRefusal {
     /// Somebody else has the host.
     #[error(
         "the host is {} {holder} ({client}) for {}; {}{ASK_AGAIN}",
-        if *exclusive { "reserved by" } else { "in use by" }, spoken(*since), in_line(*place, *waiting))]
+        how.words(), spoken(*since), in_line(*place, *waiting))]
     Reserved {
         /// Who has it.
         holder: Owner,
@@ -294,8 +297,8 @@ pub enum OpenRefusal {
         client: String,
         /// For how long.
         since: Duration,
-        /// Whether the holder has reserved it, or only stands in the way of a reservation.
-        exclusive: bool,
+        /// What it does to be in the way.
+        how: Holding,
         /// Place in the line, from 1.
         place: usize,
         /// Length of the line.
@@ -304,6 +307,27 @@ pub enum OpenRefusal {
     /// The same controller has asked again, on another connection.
     #[error("the same session was asked for again: the newer call gets the answer")]
     Superseded,
+}
+
+/// What somebody does who is in the way of an asking.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Holding {
+    /// Has reserved the host.
+    Reserves,
+    /// Has a session, which a reservation must wait for.
+    Uses,
+    /// Is before it in line.
+    Awaits,
+}
+
+impl Holding {
+    fn words(self) -> &'static str {
+        match self {
+            Self::Reserves => "reserved by",
+            Self::Uses => "in use by",
+            Self::Awaits => "awaited by",
+        }
+    }
 }
 
 fn and_more(count: usize) -> String {

@@ -109,13 +109,33 @@ impl Here {
     }
 }
 
+/// A test of somebody else, which waits for the host until this is dropped.
+fn somebody_in_line(lab: &Lab) -> Streams {
+    let path = lab.directory().join("sweep.yaml");
+    let yaml = lab.definitions(&lab.authority().controller("bob"));
+    fs::write(&path, yaml.replace("type: tls\n", "type: tls\n    exclusive: yes\n")).unwrap();
+    let builder = Streams::builder("sweep").params(Params::load(path).unwrap()).take_together(["foo"]);
+    let streams = builder.results_dir(lab.directory().join("results")).open().unwrap();
+    // It never begins; what becomes of it nobody asks.
+    drop(streams.get("foo").unwrap().run_bg(shell("true")));
+    streams
+}
+
 fn follow_the_page(lab: &Lab, agent: &Agent, board: &str, audit: &Path) {
     let page = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/operating.md");
     let recipes = recipes(&fs::read_to_string(page).unwrap());
     assert!(recipes.len() >= 20, "{} recipes", recipes.len());
     let here = Here::new(lab, agent, board, audit);
     let mut complaints = String::new();
+    let mut waiter = None;
     for Recipe { command, printed } in recipes {
+        if command.contains("in line") {
+            waiter = Some(somebody_in_line(lab));
+            let waits = || here.run(lab, agent, "millstream-agent status").contains("in line");
+            wait_until_true("somebody waits for the host", SOON, waits);
+        } else if !command.contains("waiting") {
+            waiter = None;
+        }
         if command.contains("finished") {
             let came =
                 || here.run(lab, agent, "millstream-agent board 127.0.0.1:41235").contains("finished: ");
@@ -128,6 +148,7 @@ fn follow_the_page(lab: &Lab, agent: &Agent, board: &str, audit: &Path) {
             complaints += &format!("$ {command}is said to print\n{}but prints\n{printed}\n", said.unwrap());
         }
     }
+    drop(waiter);
     assert!(complaints.is_empty(), "{complaints}");
 }
 

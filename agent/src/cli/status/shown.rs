@@ -80,6 +80,9 @@ pub(super) fn as_table(status: &v1::AgentStatus) -> String {
     for session in &status.sessions {
         session_lines(session, &mut out);
     }
+    for (place, waiting) in (1..).zip(&status.waiting) {
+        let _ = writeln!(out, "{:<12} {}", "in line", waiting_line(place, waiting));
+    }
     for survivor in &status.survivors {
         let _ = writeln!(out, "{}", survivor_line(survivor));
     }
@@ -87,6 +90,12 @@ pub(super) fn as_table(status: &v1::AgentStatus) -> String {
         let _ = writeln!(out, "error        {error}");
     }
     out
+}
+
+fn waiting_line(place: u32, waiting: &v1::WaitingStatus) -> String {
+    let since = waiting.asked_time.as_ref().map_or_else(String::new, shown_time);
+    let exclusive = if waiting.exclusive { ", exclusive" } else { "" };
+    format!("{place}. {} ({}{exclusive}) since {since}", waiting.owner, waiting.client)
 }
 
 fn certificate_line(certificate: &v1::CertificateStatus) -> String {
@@ -189,6 +198,7 @@ pub(super) fn as_json(status: &v1::AgentStatus) -> Value {
         })),
         "survivors": status.survivors.iter().map(survivor_json).collect::<Vec<_>>(),
         "sessions": status.sessions.iter().map(session_json).collect::<Vec<_>>(),
+        "waiting": status.waiting.iter().map(waiting_json).collect::<Vec<_>>(),
         "last_errors": status.last_errors,
         "certificate": status.certificate.as_ref().map(|certificate| json!({
             "identity": certificate.identity,
@@ -222,6 +232,9 @@ pub(super) fn row(agent: &str, answer: Option<&Answer>) -> Vec<String> {
         )
     });
     let mut who: Vec<String> = who.collect();
+    if !status.waiting.is_empty() {
+        who.push(format!("{} in line", status.waiting.len()));
+    }
     if !status.state_reason.is_empty() {
         who.push(status.state_reason.clone());
     }
@@ -271,6 +284,15 @@ fn survivor_json(survivor: &v1::Survivor) -> Value {
         "client": survivor.client,
         "block": survivor.block,
         "find_time": survivor.find_time.as_ref().map(ToString::to_string),
+    })
+}
+
+fn waiting_json(waiting: &v1::WaitingStatus) -> Value {
+    json!({
+        "owner": waiting.owner,
+        "client": waiting.client,
+        "exclusive": waiting.exclusive,
+        "asked_time": waiting.asked_time.as_ref().map(ToString::to_string),
     })
 }
 

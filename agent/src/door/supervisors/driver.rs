@@ -8,10 +8,10 @@ use std::{
     time::Duration,
 };
 
-use millstream_common::{id::SessionId, limits, outcome::Reason};
+use millstream_common::{id::SessionId, limits, outcome::Reason, text::printable};
 use millstream_proto::{
     supervisor::v1::{
-        DoorFrame, DoorHello, RelayAttached, Reply, SupervisorFrame, TaskChanged, door_frame,
+        DoorFrame, DoorHello, RelayAttached, Reply, StartTask, SupervisorFrame, TaskChanged, door_frame,
         supervisor_frame,
     },
     v1,
@@ -24,12 +24,18 @@ use tokio::{
 use tracing::{error, info, warn};
 
 use super::{HELLO_MAX, Notice, Outgoing, RelayBatch, Supervised, alive::find_alive};
-use crate::supervisor::wire::{self, FrameReader, FrameWriter, WireError};
+use crate::{
+    door::ledger::Accepted,
+    supervisor::wire::{self, FrameReader, FrameWriter, WireError},
+};
 
 /// Frames that are written in one go at most.
 const BATCH_COUNT: usize = 64;
 /// Bytes of relayed frames that wait for a slow controller before its relay is ended: its calls are repeated on the next.
 const RELAY_BYTES_MAX: usize = 32 * 1024 * 1024;
+
+/// Name of a program on record.
+const PROGRAM_BYTES_MAX: usize = 128;
 
 /// Both directions of a connection to a supervisor.
 pub(super) struct Wire {
@@ -40,8 +46,36 @@ pub(super) struct Wire {
 /// A request that waits for its reply.
 struct Pending {
     answer: oneshot::Sender<Reply>,
-    /// The task that it starts, as it will be known.
-    starts: Option<TaskChanged>,
+    starts: Option<Starts>,
+}
+
+/// The task that a request starts.
+struct Starts {
+    /// As it will be known.
+    task: TaskChanged,
+    /// What runs, in one word.
+    program: String,
+    /// As whom; empty for the agent's own user.
+    user: String,
+}
+
+impl Starts {
+    fn of(start: &StartTask) -> Self {
+        let mut starts = Self {
+            task: TaskChanged { task_id: start.task_id.clone(), ..TaskChanged::default() },
+            program: String::new(),
+            user: String::new(),
+        };
+        if let Some(spec) = &start.spec {
+            starts.task.stream.clone_from(&spec.stream);
+            starts.task.block.clone_from(&spec.name);
+            starts.user.clone_from(&spec.user);
+            let run = spec.phases.iter().find(|phase| phase.phase() == v1::Phase::Run);
+            let program = run.and_then(|phase| phase.argv.first()).map_or("", String::as_str);
+            starts.program = printable(program.as_bytes(), PROGRAM_BYTES_MAX);
+        }
+        starts
+    }
 }
 
 /// The task behind one [`Supervised`].
@@ -160,12 +194,7 @@ impl Driver {
                 let request_id = self.next_request;
                 self.next_request += 1;
                 let starts = match &frame {
-                    door_frame::Frame::Start(start) => Some(TaskChanged {
-                        task_id: start.task_id.clone(),
-                        stream: start.spec.as_ref().map_or_else(String::new, |spec| spec.stream.clone()),
-                        block: start.spec.as_ref().map_or_else(String::new, |spec| spec.name.clone()),
-                        ..TaskChanged::default()
-                    }),
+                    door_frame::Frame::Start(start) => Some(Starts::of(start)),
                     _ => None,
                 };
                 self.pending.insert(request_id, Pending { answer, starts });
@@ -200,12 +229,20 @@ impl Driver {
         }
     }
 
-    /// Whoever learns that a task was accepted must find it, though its first change may still be on the way.
-    fn know(&self, starts: Option<TaskChanged>, answer: Option<&v1::StartTaskResponse>) {
-        let (Some(mut task), Some(answer)) = (starts, answer) else { return };
+    /// Whoever learns that a task was accepted must find it, though its first change may still be on the way; and it is on
+    /// record, whether anybody learns of it or not.
+    fn know(&self, starts: Option<Starts>, answer: Option<&v1::StartTaskResponse>) {
+        let (Some(Starts { mut task, program, user }), Some(answer)) = (starts, answer) else { return };
         if !answer.accepted_by_this_call {
             return;
         }
+        self.supervised.page.task_accepted(&Accepted {
+            task: &task.task_id,
+            stream: &task.stream,
+            block: &task.block,
+            program: &program,
+            user: &user,
+        });
         if task.task_id.parse().is_ok_and(|id| self.supervised.mirror().get(id).is_some()) {
             return;
         }
