@@ -47,7 +47,8 @@ use tracing::{error, info, warn};
 pub(crate) use self::opening::{Ending, STATE_PATH_BYTES_MAX};
 use self::{
     acceptor::Places,
-    ledger::{Ledger, Page, SessionEnd},
+    identity::Peer,
+    ledger::{Ledger, Page, SessionEnd, counts::refusal_word},
     renewing::CertificateNote,
     shares::Starts,
     status::{DiskUse, LastErrors},
@@ -222,10 +223,10 @@ impl Shared {
     }
 
     /// Opens a session or comes back to one: waits for its turn, and for its supervisor.
-    pub(crate) async fn open(self: &Arc<Self>, asking: Asking) -> Result<Opened, Status> {
+    pub(crate) async fn open(self: &Arc<Self>, asking: Asking, peer: &Peer) -> Result<Opened, Status> {
         let ticket = self.next_ticket.fetch_add(1, Ordering::Relaxed);
         let (session_id, lease, exclusive) = (asking.session_id, asking.lease, asking.exclusive);
-        let (owner, client) = (asking.owner.clone(), asking.client.clone());
+        let client = asking.client.clone();
         let (give, answer) = oneshot::channel();
         self.askings.lock().unwrap_or_else(PoisonError::into_inner).insert(ticket, give);
         let mut asked = Asked { shared: self, ticket, session_id, answer };
@@ -234,7 +235,9 @@ impl Shared {
         let admitted = answered.map_err(|_| Status::unavailable("the agent is ending: try again"))?;
         drop(asked);
         let admitted = admitted.map_err(|refusal| {
-            self.ledger.session_refused(&owner, &client, &refusal);
+            if let Some(word) = refusal_word(&refusal) {
+                self.ledger.session_refused(peer, &client, word, &refusal);
+            }
             service::open_refused(&refusal)
         })?;
         // Begun things are finished even when the caller goes: otherwise a session would be open without a supervisor.

@@ -26,7 +26,7 @@ use tokio::{
     io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, ReadBuf},
     net::{TcpListener, TcpStream, UnixListener, UnixStream},
     sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch},
-    time::{Instant, sleep, timeout},
+    time::{sleep, timeout},
 };
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
@@ -36,8 +36,8 @@ use tracing::{debug, info, warn};
 use self::reasons::GreetError;
 use super::{
     admission::{Admission, Admitted},
-    identity::Caller,
-    refusals::Refusals,
+    identity::{Caller, Peer},
+    ledger::Ledger,
 };
 
 /// What a client of HTTP/2 sends before anything else.
@@ -67,7 +67,7 @@ pub struct Connection {
     io: Io,
     /// Read already, to see whether it is HTTP/2.
     head: Bytes,
-    caller: Caller,
+    peer: Peer,
     /// Ends the connection when its certificate is not taken any more.
     admitted: Option<Admitted>,
     /// Counts the connection for as long as it lives.
@@ -76,7 +76,7 @@ pub struct Connection {
 
 impl fmt::Debug for Connection {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Connection").field("caller", &self.caller).finish_non_exhaustive()
+        f.debug_struct("Connection").field("peer", &self.peer).finish_non_exhaustive()
     }
 }
 
@@ -84,7 +84,8 @@ impl Connection {
     /// A connection that was made elsewhere: a pair of pipes, a simulated network.
     #[must_use]
     pub fn from_pipe(pipe: BoxedPipe, caller: Caller) -> Self {
-        Self { io: Io::Pipe(pipe), head: Bytes::new(), caller, admitted: None, _place: None }
+        let peer = Peer { caller, address: None };
+        Self { io: Io::Pipe(pipe), head: Bytes::new(), peer, admitted: None, _place: None }
     }
 }
 
@@ -163,10 +164,10 @@ impl AsyncWrite for Connection {
 }
 
 impl Connected for Connection {
-    type ConnectInfo = Caller;
+    type ConnectInfo = Peer;
 
-    fn connect_info(&self) -> Caller {
-        self.caller.clone()
+    fn connect_info(&self) -> Peer {
+        self.peer.clone()
     }
 }
 
@@ -179,10 +180,6 @@ pub(crate) struct Places {
     /// Those that have not finished their handshake.
     greeting: Arc<Semaphore>,
     by_address: Mutex<HashMap<IpAddr, AddressUse>>,
-    /// Which of those that were sent away the log tells.
-    refusals: Mutex<Refusals>,
-    /// When the first could come.
-    since: Instant,
 }
 
 #[derive(Debug, Default, Clone, Copy)]
@@ -207,8 +204,6 @@ impl Places {
             taken: watch::Sender::new(0),
             greeting: Arc::new(Semaphore::new(limits::HANDSHAKES_COUNT_MAX)),
             by_address: Mutex::default(),
-            refusals: Mutex::default(),
-            since: Instant::now(),
         })
     }
 
@@ -237,16 +232,6 @@ impl Places {
         }
         self.taken.send_modify(|count| *count += 1);
         Ok(Place { places: Arc::clone(self), address, greeting: Some(greeting), _one: one })
-    }
-
-    /// Writes down that somebody was sent away, unless that happens too often.
-    fn tell(&self, address: Option<IpAddr>, peer: &str, claims: Option<String>, error: &GreetError) {
-        let told =
-            self.refusals.lock().unwrap_or_else(PoisonError::into_inner).note(address, self.since.elapsed());
-        if let Some(left_out) = told {
-            let claims = claims.as_deref().unwrap_or("nothing");
-            info!(%peer, %claims, reason = %error, next = error.next_step(), left_out, "peer sent away");
-        }
     }
 
     fn give_back(&self, address: IpAddr, change: impl FnOnce(&mut AddressUse)) {
@@ -286,13 +271,18 @@ impl Drop for Place {
 pub(crate) fn accept(
     listeners: Vec<Listener>,
     places: &Arc<Places>,
+    ledger: &Arc<Ledger>,
     stop: &CancellationToken,
     tracker: &TaskTracker,
 ) -> (mpsc::Sender<Connection>, mpsc::Receiver<Connection>) {
     let (accepted, incoming) = mpsc::channel(ACCEPTED_COUNT_MAX);
     for listener in listeners {
-        let acceptor =
-            Acceptor { places: Arc::clone(places), accepted: accepted.clone(), stop: stop.clone() };
+        let acceptor = Acceptor {
+            places: Arc::clone(places),
+            ledger: Arc::clone(ledger),
+            accepted: accepted.clone(),
+            stop: stop.clone(),
+        };
         tracker.spawn(acceptor.run(listener));
     }
     (accepted, incoming)
@@ -300,6 +290,8 @@ pub(crate) fn accept(
 
 struct Acceptor {
     places: Arc<Places>,
+    /// Where those are put on record that are sent away.
+    ledger: Arc<Ledger>,
     accepted: mpsc::Sender<Connection>,
     stop: CancellationToken,
 }
@@ -308,6 +300,15 @@ struct Acceptor {
 enum Socket {
     Tcp(TcpStream, SocketAddr),
     Unix(UnixStream),
+}
+
+impl Socket {
+    fn address(&self) -> Option<SocketAddr> {
+        match self {
+            Self::Tcp(_, address) => Some(*address),
+            Self::Unix(_) => None,
+        }
+    }
 }
 
 impl Acceptor {
@@ -340,14 +341,12 @@ impl Acceptor {
 
     /// Greets a peer in a task of its own: one that is slow must not hold up the others.
     fn greet(&self, socket: Socket, listener: &Listener) {
-        let (address, peer) = match &socket {
-            Socket::Tcp(_, address) => (Some(address.ip()), address.to_string()),
-            Socket::Unix(_) => (None, "unix".to_owned()),
-        };
-        let place = match self.places.take(address) {
+        let address = socket.address();
+        let place = match self.places.take(address.map(|address| address.ip())) {
             Ok(place) => place,
             Err(limit) => {
-                debug!(%peer, limit, "connection turned away");
+                let error = GreetError::TooMany { limit };
+                self.ledger.peer_refused(address, None, error.word(), &error, error.next_step());
                 return;
             }
         };
@@ -355,7 +354,7 @@ impl Acceptor {
             Listener::Tls(_, admission) => Some(Arc::clone(admission)),
             Listener::Loopback(_) | Listener::Unix(_) => None,
         };
-        let (places, accepted, stop) = (Arc::clone(&self.places), self.accepted.clone(), self.stop.clone());
+        let (ledger, accepted, stop) = (Arc::clone(&self.ledger), self.accepted.clone(), self.stop.clone());
         tokio::spawn(async move {
             let greeted = tokio::select! {
                 () = stop.cancelled() => return,
@@ -364,13 +363,16 @@ impl Acceptor {
             let (greeted, claims) = greeted;
             match greeted.unwrap_or(Err(GreetError::TooSlow)) {
                 Ok(connection) => {
-                    debug!(%peer, caller = %connection.caller, "connected");
+                    debug!(peer = connection.peer.place(), caller = %connection.peer.caller, "connected");
                     // The server has ended; so does the connection.
                     let _ended = accepted.send(connection).await;
                 }
                 // What looks whether a port is open does this all day.
-                Err(GreetError::Gone) => debug!(%peer, "peer went away without a word"),
-                Err(error) => places.tell(address, &peer, claims, &error),
+                Err(GreetError::Gone) => debug!(?address, "peer went away without a word"),
+                Err(error) => {
+                    let next = error.next_step();
+                    ledger.peer_refused(address, claims.as_deref(), error.word(), &error, next);
+                }
             }
         });
     }
@@ -392,6 +394,7 @@ async fn greet(
     mut place: Place,
 ) -> Result<Connection, GreetError> {
     let mut admitted = None;
+    let address = socket.address();
     let (mut io, caller) = match (socket, tls) {
         (Socket::Tcp(stream, address), Some(admission)) => {
             set_options(&stream).map_err(GreetError::Broken)?;
@@ -426,7 +429,7 @@ async fn greet(
         Io::Pipe(io) => preface(io).await?,
     };
     place.greeted();
-    Ok(Connection { io, head, caller, admitted, _place: Some(place) })
+    Ok(Connection { io, head, peer: Peer { caller, address }, admitted, _place: Some(place) })
 }
 
 /// Lets the peer read why it was refused: a socket that is closed with unread bytes in it takes back what it has sent.
@@ -484,8 +487,13 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let stop = CancellationToken::new();
-        let (accepted, incoming) =
-            accept(vec![Listener::Loopback(listener)], &Places::new(), &stop, &TaskTracker::new());
+        let (accepted, incoming) = accept(
+            vec![Listener::Loopback(listener)],
+            &Places::new(),
+            &Ledger::of_a_test(),
+            &stop,
+            &TaskTracker::new(),
+        );
         Bench { address, _accepted: accepted, incoming, stop }
     }
 
@@ -493,12 +501,14 @@ mod tests {
     async fn http2_comes_through_with_every_byte() {
         let mut bench = bench().await;
         let mut peer = TcpStream::connect(bench.address).await.unwrap();
+        let peer_address = Some(peer.local_addr().unwrap());
         let sent = [PREFACE, &[0, 0, 0, SETTINGS, 0, 0, 0, 0, 0], b"more"].concat();
         for piece in sent.chunks(5) {
             peer.write_all(piece).await.unwrap();
         }
         let mut connection = bench.incoming.recv().await.unwrap();
-        assert_eq!(connection.connect_info(), Caller::Loopback);
+        let peer = connection.connect_info();
+        assert_eq!((peer.caller, peer.address), (Caller::Loopback, peer_address));
         let mut got = vec![0; sent.len()];
         connection.read_exact(&mut got).await.unwrap();
         assert_eq!(got, sent);

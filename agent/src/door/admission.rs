@@ -186,6 +186,7 @@ mod tests {
         door::{
             Listener,
             acceptor::{Connection, Places, accept},
+            ledger::Ledger,
         },
         pki::{Authority, Issued, Wanted},
     };
@@ -230,8 +231,13 @@ mod tests {
             let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
             let address = listener.local_addr().unwrap();
             let listeners = vec![Listener::Tls(listener, Arc::clone(&admission))];
-            let (accepted, incoming) =
-                accept(listeners, &Places::new(), &CancellationToken::new(), &TaskTracker::new());
+            let (accepted, incoming) = accept(
+                listeners,
+                &Places::new(),
+                &Ledger::of_a_test(),
+                &CancellationToken::new(),
+                &TaskTracker::new(),
+            );
             Self { directory, authority, agent, admission, address, incoming, _accepted: accepted }
         }
 

@@ -6,6 +6,7 @@
 
 use std::{
     fmt,
+    net::{IpAddr, SocketAddr},
     sync::Arc,
     task::{Context, Poll},
 };
@@ -18,7 +19,6 @@ use tonic::{
     codegen::{BoxFuture, Service, http},
 };
 use tower::Layer;
-use tracing::warn;
 
 use super::ledger::Ledger;
 use crate::session::Owner;
@@ -77,6 +77,47 @@ impl fmt::Display for Caller {
             Self::Starter => f.write_str("whoever started this agent"),
         }
     }
+}
+
+/// Where a connection comes from: what refusals are counted by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Source {
+    /// An address.
+    Address(IpAddr),
+    /// A user of this host, on the Unix socket.
+    User(u32),
+    /// Somebody on the Unix socket of whom the kernel says nothing, or on a pipe.
+    Unnamed,
+}
+
+/// Who calls, and from where.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Peer {
+    /// Who it is.
+    pub(crate) caller: Caller,
+    /// Its address and port, on TCP.
+    pub(crate) address: Option<SocketAddr>,
+}
+
+impl Peer {
+    /// Where it comes from.
+    pub(crate) fn source(&self) -> Source {
+        match (&self.caller, self.address) {
+            (_, Some(address)) => Source::Address(address.ip()),
+            (Caller::Local { uid }, None) => Source::User(*uid),
+            (_, None) => Source::Unnamed,
+        }
+    }
+
+    /// The same in words: `10.0.0.9:51514`, `unix`.
+    pub(crate) fn place(&self) -> String {
+        place_of(self.address)
+    }
+}
+
+/// Where a connection comes from, in words.
+pub(crate) fn place_of(address: Option<SocketAddr>) -> String {
+    address.map_or_else(|| "unix".to_owned(), |address| address.to_string())
 }
 
 /// May look.
@@ -181,12 +222,20 @@ pub(crate) fn authorise(path: &str, caller: Option<&Caller>) -> Result<(), CallR
     Err(if allowed.is_empty() { CallRefusal::Keeper { caller } } else { CallRefusal::Role { caller, role } })
 }
 
-/// The caller of a request that has passed [`Authorise`].
+/// Who makes a request that has passed [`Authorise`].
 ///
 /// # Errors
 /// When the request came around it, which is a mistake in the set-up of the server.
+pub(crate) fn peer_of<T>(request: &Request<T>) -> Result<Peer, Status> {
+    request.extensions().get::<Peer>().cloned().ok_or_else(|| CallRefusal::Unknown.into())
+}
+
+/// The same, where it does not matter from where.
+///
+/// # Errors
+/// See [`peer_of`].
 pub(crate) fn caller_of<T>(request: &Request<T>) -> Result<Caller, Status> {
-    request.extensions().get::<Caller>().cloned().ok_or_else(|| CallRefusal::Unknown.into())
+    peer_of(request).map(|peer| peer.caller)
 }
 
 /// Puts the table in front of every service of a server.
@@ -233,14 +282,11 @@ where
 
     fn call(&mut self, request: http::Request<Body>) -> Self::Future {
         // The acceptor has put it there for the whole connection.
-        let caller = request.extensions().get::<Caller>();
-        match authorise(request.uri().path(), caller) {
+        let peer = request.extensions().get::<Peer>();
+        match authorise(request.uri().path(), peer.map(|peer| &peer.caller)) {
             Ok(()) => Box::pin(self.inner.call(request)),
             Err(refusal) => {
-                let path = millstream_common::text::printable(request.uri().path().as_bytes(), 128);
-                let who = caller.map_or_else(|| "unknown".to_owned(), ToString::to_string);
-                warn!(call = %path, caller = %who, %refusal, "call refused");
-                self.ledger.call_refused(&who, &path, &refusal);
+                self.ledger.call_refused(peer, request.uri().path(), &refusal);
                 Box::pin(async move { Ok(Status::from(refusal).into_http()) })
             }
         }

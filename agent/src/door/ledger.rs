@@ -6,8 +6,12 @@
 
 pub(crate) mod audit;
 pub(crate) mod counts;
+mod refused;
 
-use std::{fmt, sync::Arc};
+use std::{
+    fmt,
+    sync::{Arc, Mutex},
+};
 
 use millstream_common::{
     clock::Clock,
@@ -21,10 +25,11 @@ use self::{
     counts::{Count, Counts},
 };
 use super::{
-    identity::{CallRefusal, Caller},
+    identity::Caller,
+    refusals::Refusals,
     supervisors::{Change, TaskView},
 };
-use crate::session::{Drain, OpenRefusal, Owner};
+use crate::session::Drain;
 
 /// How a session can end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -64,6 +69,8 @@ pub(crate) struct Ledger {
     pub(crate) audit: Audit,
     host: String,
     clock: Arc<dyn Clock>,
+    /// Which refusals are told.
+    refusals: Mutex<Refusals>,
     /// Grows with each thing that operators see.
     version: watch::Sender<u64>,
 }
@@ -71,7 +78,21 @@ pub(crate) struct Ledger {
 impl Ledger {
     /// An empty ledger of this host.
     pub(crate) fn new(audit: Audit, host: String, clock: Arc<dyn Clock>) -> Arc<Self> {
-        Arc::new(Self { counts: Counts::default(), audit, host, clock, version: watch::Sender::new(0) })
+        Arc::new(Self {
+            counts: Counts::default(),
+            audit,
+            host,
+            clock,
+            refusals: Mutex::default(),
+            version: watch::Sender::new(0),
+        })
+    }
+
+    /// For tests that look elsewhere.
+    #[cfg(test)]
+    pub(crate) fn of_a_test() -> Arc<Self> {
+        let audit = Audit::open(None).expect("nothing is opened");
+        Self::new(audit, "a host".to_owned(), Arc::new(millstream_common::clock::SystemClock))
     }
 
     /// Wakes when something that operators see has changed.
@@ -97,21 +118,6 @@ impl Ledger {
     ) -> Page {
         let (session, owner, client) = (session_id.to_string(), owner.to_string(), client.to_owned());
         Page { ledger: Arc::clone(self), session, owner, client }
-    }
-
-    /// A call reached no handler.
-    pub(crate) fn call_refused(&self, caller: &str, call: &str, refusal: &CallRefusal) {
-        self.counts.add(Count::CallsRefused, refusal.word());
-        let record = self.record("call.refused").with("owner", caller).with("call", call);
-        self.audit.put(record.with("reason", refusal.word()));
-    }
-
-    /// Nobody got a session.
-    pub(crate) fn session_refused(&self, owner: &Owner, client: &str, refusal: &OpenRefusal) {
-        let word = counts::refusal_word(refusal);
-        self.counts.add(Count::SessionsRefused, word);
-        let record = self.record("session.refused").with("owner", owner).with("client", client);
-        self.audit.put(record.with("reason", word).with("detail", refusal));
     }
 
     /// Somebody has drained the host.

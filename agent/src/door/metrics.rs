@@ -20,7 +20,9 @@ use tracing::{debug, warn};
 
 use super::{
     Shared,
-    ledger::counts::{CALL_REFUSALS, Count, SESSION_ENDS, SESSION_REFUSALS, outcomes},
+    ledger::counts::{
+        CALL_REFUSALS, Count, PEER_REFUSALS, SESSION_ENDS, SESSION_REFUSALS, TASK_REFUSALS, outcomes,
+    },
 };
 use crate::session::Stage;
 
@@ -148,7 +150,7 @@ async fn text(shared: &Shared) -> String {
     let spool = shared.disk_use.measure(shared).await;
     page.gauge("sessions_disk_bytes", "Disk used by sessions: spools, work, results.", spool.sessions_bytes);
     page.gauge("blobs_disk_bytes", "Disk used by shipped files.", spool.blobs_bytes);
-    page.gauge("blobs_disk_bytes_max", "Disk that shipped files may use.", spool.blobs_bytes_max);
+    page.gauge("blobs_disk_limit_bytes", "Disk that shipped files may use.", spool.blobs_bytes_max);
     page.gauge("disk_free_bytes", "Free on the file system of the state directory.", spool.free_bytes);
     page.0
 }
@@ -204,10 +206,14 @@ fn counted(shared: &Shared, page: &mut Page) {
     page.counters("sessions_ended_total", help, "how", SESSION_ENDS, of(Count::SessionsEnded));
     let help = "Askings for a session that were refused.";
     page.counters("sessions_refused_total", help, "reason", SESSION_REFUSALS, of(Count::SessionsRefused));
-    let help = "Calls that reached no handler: for keepers of the host only, no such call, the role may not, unknown caller.";
+    let help = "Connections that were sent away: how far they came.";
+    page.counters("peers_refused_total", help, "reason", PEER_REFUSALS, of(Count::PeersRefused));
+    let help = "Calls that were refused: for keepers of the host only, no such call, not the caller's session, the role may not, unknown caller.";
     page.counters("calls_refused_total", help, "reason", CALL_REFUSALS, of(Count::CallsRefused));
     let accepted = counts.of(Count::TasksAccepted, "");
     page.counter("tasks_accepted_total", "Tasks that were taken in.", accepted);
+    let help = "Tasks that were not taken in: their owner has as many as it may have.";
+    page.counters("tasks_refused_total", help, "reason", TASK_REFUSALS, of(Count::TasksRefused));
     let outcomes: Vec<_> = outcomes().collect();
     page.counters("tasks_ended_total", "Tasks by outcome.", "outcome", &outcomes, of(Count::TasksEnded));
     page.counter("logged_bytes_total", "Bytes that tasks have printed.", counts.logged_bytes());

@@ -225,7 +225,8 @@ impl Door {
     ) -> Result<(), DoorError> {
         let Self { shared, _lock, mut notices } = self;
         let tracker = shared.tracker.clone();
-        let (accepted, incoming) = acceptor::accept(listeners, &shared.places, &shutdown, &tracker);
+        let (accepted, incoming) =
+            acceptor::accept(listeners, &shared.places, &shared.ledger, &shutdown, &tracker);
         made_elsewhere(accepted);
         let noticing = {
             let shared = Arc::clone(&shared);

@@ -1,20 +1,22 @@
-//! Which refusals the log tells: all, until somebody makes it a flood. Pure.
+//! Which refusals are told one by one, in the log and on record: all, until somebody makes it a flood. Pure.
 //!
-//! Whoever looks for open ports all day long must not bury what a person needs to read. Each address has a few lines a
-//! minute, and so have all addresses together; what was left out is counted, and the next line says how much it was.
+//! Whoever looks for open ports all day long must not bury what a person needs to read. Each address and each local user has a
+//! few lines a minute, and so have all together; what was left out is counted, and the next line says how much it was.
 
-use std::{collections::BTreeMap, net::IpAddr, time::Duration};
+use std::{collections::BTreeMap, time::Duration};
+
+use super::identity::Source;
 
 /// How long lines are counted.
 const WINDOW: Duration = Duration::from_secs(60);
-/// Lines about one address in that time.
+/// Lines about one source in that time.
 const LINES_OF_ONE: u32 = 5;
-/// Lines in that time about all addresses together.
+/// Lines in that time about all sources together.
 const LINES_OF_ALL: u32 = 60;
-/// Addresses that are known apart: more than have lines.
-const ADDRESSES_COUNT_MAX: usize = 128;
+/// Sources that are known apart: more than have lines.
+const SOURCES_COUNT_MAX: usize = 128;
 
-/// Lines of one address, or of all.
+/// Lines of one source, or of all.
 #[derive(Debug, Default)]
 struct Count {
     begin: Duration,
@@ -37,21 +39,20 @@ impl Count {
 #[derive(Debug, Default)]
 pub(super) struct Refusals {
     all: Count,
-    /// None: on the Unix socket.
-    by_address: BTreeMap<Option<IpAddr>, Count>,
+    by_source: BTreeMap<Source, Count>,
 }
 
 impl Refusals {
     /// Somebody was refused. Some: it is to be told, with the number of those that were not since the last that was. `now` is
     /// the time since any moment.
-    pub(super) fn note(&mut self, from: Option<IpAddr>, now: Duration) -> Option<u64> {
-        if self.by_address.len() >= ADDRESSES_COUNT_MAX && !self.by_address.contains_key(&from) {
-            self.by_address.retain(|_, count| now.saturating_sub(count.begin) < WINDOW);
+    pub(super) fn note(&mut self, from: Source, now: Duration) -> Option<u64> {
+        if self.by_source.len() >= SOURCES_COUNT_MAX && !self.by_source.contains_key(&from) {
+            self.by_source.retain(|_, count| now.saturating_sub(count.begin) < WINDOW);
         }
-        let own = if self.by_address.len() >= ADDRESSES_COUNT_MAX && !self.by_address.contains_key(&from) {
+        let own = if self.by_source.len() >= SOURCES_COUNT_MAX && !self.by_source.contains_key(&from) {
             true
         } else {
-            self.by_address.entry(from).or_default().take(now, LINES_OF_ONE)
+            self.by_source.entry(from).or_default().take(now, LINES_OF_ONE)
         };
         // What its own count leaves out takes no line from the others.
         if own && self.all.take(now, LINES_OF_ALL) {
@@ -65,10 +66,12 @@ impl Refusals {
 
 #[cfg(test)]
 mod tests {
+    use std::net::IpAddr;
+
     use super::*;
 
     fn told(refusals: &mut Refusals, from: u32, second: u64) -> Option<u64> {
-        refusals.note(Some(IpAddr::from(from.to_be_bytes())), Duration::from_secs(1_000 + second))
+        refusals.note(Source::Address(IpAddr::from(from.to_be_bytes())), Duration::from_secs(1_000 + second))
     }
 
     #[test]
@@ -83,6 +86,9 @@ mod tests {
         assert_eq!(told(&mut refusals, 2, 30), Some(10_000));
         assert_eq!(told(&mut refusals, 1, 59), None);
         assert_eq!(told(&mut refusals, 1, 60), Some(1));
+        let mut local = |uid| refusals.note(Source::User(uid), Duration::from_secs(1_060));
+        assert_eq!((0..9).filter(|_| local(7).is_some()).count(), usize::try_from(LINES_OF_ONE).unwrap());
+        assert_eq!(local(8), Some(4), "one local user hides nothing of another");
     }
 
     #[test]
@@ -90,7 +96,7 @@ mod tests {
         let mut refusals = Refusals::default();
         let lines = (0..100_000).filter(|address| told(&mut refusals, *address, 0).is_some()).count();
         assert_eq!(lines, usize::try_from(LINES_OF_ALL).unwrap());
-        assert_eq!(refusals.by_address.len(), ADDRESSES_COUNT_MAX);
+        assert_eq!(refusals.by_source.len(), SOURCES_COUNT_MAX);
         assert_eq!(told(&mut refusals, 7, 61), Some(100_000 - u64::from(LINES_OF_ALL)));
     }
 }

@@ -31,12 +31,13 @@ use millstream_proto::{
 use tokio::sync::mpsc;
 use tokio_stream::{Stream, StreamExt as _, wrappers::ReceiverStream};
 use tonic::{Request, Response, Status, Streaming};
-use tracing::{info, warn};
+use tracing::info;
 
 use self::relay::Relay;
 use super::{
     Shared,
-    identity::{Caller, caller_of},
+    identity::{Caller, Peer, caller_of, peer_of},
+    ledger::counts::VERSION_REFUSAL,
     supervisors::Supervised,
     survivors::Survivor,
     uploads::{self, ArchivePieces},
@@ -69,19 +70,21 @@ impl Service {
         Self { shared, relays: Arc::default() }
     }
 
-    /// The session that a key belongs to.
-    fn session(&self, caller: &Caller, key: Option<v1::SessionKey>, access: Access) -> Result<Held, Status> {
-        let key = key_in(key)?;
+    /// The lease of the session that a key belongs to.
+    fn check(&self, peer: &Peer, key: &Key, access: Access) -> Result<Duration, KeyRefusal> {
         let now = self.shared.world.clock.since_boot();
-        let sessions = self.shared.sessions();
-        let session = sessions.check(&key, &caller.owner(), access, now).map_err(|refusal| {
-            if refusal == KeyRefusal::NotYours {
-                warn!(session = %key.session_id, %caller, "a call was refused: not its session");
+        let checked = self.shared.sessions().check(key, &peer.caller.owner(), access, now).map(|of| of.lease);
+        checked.inspect_err(|refusal| {
+            if *refusal == KeyRefusal::NotYours {
+                self.shared.ledger.key_refused(peer, key.session_id, refusal);
             }
-            key_refused(&refusal)
-        })?;
-        let lease = session.lease;
-        drop(sessions);
+        })
+    }
+
+    /// The session that a key belongs to.
+    fn session(&self, peer: &Peer, key: Option<v1::SessionKey>, access: Access) -> Result<Held, Status> {
+        let key = key_in(key)?;
+        let lease = self.check(peer, &key, access).map_err(|refusal| key_refused(&refusal))?;
         // A session without a supervisor is one that just begins; the opening call has not been answered yet.
         let supervised = self.shared.supervised(key.session_id);
         let supervised =
@@ -288,15 +291,19 @@ impl AgentService for Service {
         &self,
         request: Request<v1::OpenSessionRequest>,
     ) -> Result<Response<v1::OpenSessionResponse>, Status> {
-        let caller = caller_of(&request)?;
+        let peer = peer_of(&request)?;
+        let caller = &peer.caller;
         let request = request.into_inner();
-        let protocol = agreed_with(&self.shared.build, &request)
-            .map_err(|error| Status::failed_precondition(error.to_string()))?;
+        let protocol = agreed_with(&self.shared.build, &request).map_err(|error| {
+            let client = printable(request.client.as_bytes(), CLIENT_BYTES_MAX);
+            self.shared.ledger.session_refused(&peer, &client, VERSION_REFUSAL, &error);
+            Status::failed_precondition(error.to_string())
+        })?;
         let lease_max = self.shared.sessions().bounds().lease_max;
         let wanted = request.lease_duration;
-        let asking = asking_in(request, &caller, lease_max)?;
+        let asking = asking_in(request, caller, lease_max)?;
         let (session_id, lease) = (asking.session_id, asking.lease);
-        let opened = self.shared.open(asking).await?;
+        let opened = self.shared.open(asking, &peer).await?;
         let known_tasks = if opened.resumed {
             let mirror = opened.supervised.mirror();
             let known = |(id, task): (TaskId, &Arc<super::supervisors::TaskView>)| v1::KnownTask {
@@ -329,8 +336,8 @@ impl AgentService for Service {
         &self,
         request: Request<v1::KeepSessionRequest>,
     ) -> Result<Response<v1::KeepSessionResponse>, Status> {
-        let caller = caller_of(&request)?;
-        let held = self.session(&caller, request.into_inner().session, Access::Change)?;
+        let peer = peer_of(&request)?;
+        let held = self.session(&peer, request.into_inner().session, Access::Change)?;
         let keep = KeepLease { epoch: held.key.epoch, lease_duration: Some(convert::duration(held.lease)) };
         let reply = held.supervised.request(Frame::Keep(keep)).await?;
         self.shared.kept(held.key.session_id);
@@ -346,21 +353,19 @@ impl AgentService for Service {
         &self,
         request: Request<v1::CloseSessionRequest>,
     ) -> Result<Response<v1::CloseSessionResponse>, Status> {
-        let caller = caller_of(&request)?;
+        let peer = peer_of(&request)?;
         let key = key_in(request.into_inner().session)?;
-        let now = self.shared.world.clock.since_boot();
-        let checked = self.shared.sessions().check(&key, &caller.owner(), Access::End, now).map(|_| ());
-        match checked {
-            Ok(()) => {}
+        match self.check(&peer, &key, Access::End) {
+            Ok(_) => {}
             // Nothing of it is here: that is what was asked for. It may still be in line.
             Err(KeyRefusal::Unknown | KeyRefusal::Ended) => {
-                self.shared.withdraw(key, caller.owner());
+                self.shared.withdraw(key, peer.caller.owner());
                 return Ok(Response::new(v1::CloseSessionResponse::default()));
             }
             Err(refusal) => return Err(key_refused(&refusal)),
         }
         let survivors = self.shared.close(key.session_id).await;
-        info!(session = %key.session_id, %caller, survivors = survivors.len(), "session closed");
+        info!(session = %key.session_id, caller = %peer.caller, survivors = survivors.len(), "session closed");
         Ok(Response::new(v1::CloseSessionResponse { survivors }))
     }
 
@@ -368,9 +373,9 @@ impl AgentService for Service {
         &self,
         request: Request<v1::FindMissingBlobsRequest>,
     ) -> Result<Response<v1::FindMissingBlobsResponse>, Status> {
-        let caller = caller_of(&request)?;
+        let peer = peer_of(&request)?;
         let request = request.into_inner();
-        let held = self.session(&caller, request.session, Access::Change)?;
+        let held = self.session(&peer, request.session, Access::Change)?;
         let directory = &held.supervised.directory;
         let missing = uploads::find_missing(&self.shared.store, directory, request.blake3).await;
         let missing_blake3 = missing.map_err(|error| error.status())?;
@@ -381,11 +386,11 @@ impl AgentService for Service {
         &self,
         request: Request<Streaming<v1::UploadBlobRequest>>,
     ) -> Result<Response<v1::UploadBlobResponse>, Status> {
-        let caller = caller_of(&request)?;
+        let peer = peer_of(&request)?;
         let mut messages = request.into_inner();
         let mut first =
             messages.message().await?.ok_or_else(|| field("session", "is missing: no message came"))?;
-        let held = self.session(&caller, first.session.take(), Access::Change)?;
+        let held = self.session(&peer, first.session.take(), Access::Change)?;
         let directory = &held.supervised.directory;
         let received = uploads::receive(&self.shared.store, directory, first, messages).await;
         let existed = received.map_err(|error| error.status())?;
@@ -396,9 +401,9 @@ impl AgentService for Service {
         &self,
         request: Request<v1::StartTaskRequest>,
     ) -> Result<Response<v1::StartTaskResponse>, Status> {
-        let caller = caller_of(&request)?;
+        let peer = peer_of(&request)?;
         let mut request = request.into_inner();
-        let held = self.session(&caller, request.session.take(), Access::Change)?;
+        let held = self.session(&peer, request.session.take(), Access::Change)?;
         let (start, spec) = start_in(request)?;
         // A look at the directory for each: no task has so many that another thread would be worth it.
         let missing = self.shared.store.missing(&held.supervised.directory, &blobs_of(&spec));
@@ -408,8 +413,11 @@ impl AgentService for Service {
         }
         let task = start.task_id.clone();
         let task_id = task_in("task_id", &task)?;
-        let counted = self.shared.count_start(&caller.owner(), held.key.session_id, task_id);
-        counted.map_err(Status::resource_exhausted)?;
+        let counted = self.shared.count_start(&peer.caller.owner(), held.key.session_id, task_id);
+        counted.map_err(|reason| {
+            held.supervised.page.task_refused(&peer, task_id, &reason);
+            Status::resource_exhausted(reason)
+        })?;
         let reply = held.supervised.request(Frame::Start(start)).await;
         let reply = reply.inspect_err(|_| self.shared.starts.forget(&[task_id]))?;
         let answer =
@@ -423,9 +431,9 @@ impl AgentService for Service {
         &self,
         request: Request<v1::WatchTaskRequest>,
     ) -> Result<Response<Self::WatchTaskStream>, Status> {
-        let caller = caller_of(&request)?;
+        let peer = peer_of(&request)?;
         let request = request.into_inner();
-        let held = self.session(&caller, request.session, Access::Read)?;
+        let held = self.session(&peer, request.session, Access::Read)?;
         if request.task_id.is_empty() {
             let known = known_in(request.known)?;
             // The stream of all tasks is how a controller holds its session.
@@ -448,9 +456,9 @@ impl AgentService for Service {
         &self,
         request: Request<v1::SignalTaskRequest>,
     ) -> Result<Response<v1::SignalTaskResponse>, Status> {
-        let caller = caller_of(&request)?;
+        let peer = peer_of(&request)?;
         let mut request = request.into_inner();
-        let held = self.session(&caller, request.session.take(), Access::Change)?;
+        let held = self.session(&peer, request.session.take(), Access::Change)?;
         let signal = signal_in(&request)?;
         let reply = held.supervised.request(Frame::Signal(signal)).await?;
         Ok(Response::new(v1::SignalTaskResponse { state: reply.state }))
@@ -462,9 +470,9 @@ impl AgentService for Service {
         &self,
         request: Request<v1::FetchArchiveRequest>,
     ) -> Result<Response<Self::FetchArchiveStream>, Status> {
-        let caller = caller_of(&request)?;
+        let peer = peer_of(&request)?;
         let request = request.into_inner();
-        let held = self.session(&caller, request.session, Access::Read)?;
+        let held = self.session(&peer, request.session, Access::Read)?;
         let task = task_in("task_id", &request.task_id)?;
         let view = held.supervised.mirror().get(task).cloned().ok_or_else(|| unknown_task(task))?;
         let end = view.end.as_ref().ok_or_else(|| {
@@ -489,9 +497,9 @@ impl AgentService for Service {
         &self,
         request: Request<v1::ReleaseTaskRequest>,
     ) -> Result<Response<v1::ReleaseTaskResponse>, Status> {
-        let caller = caller_of(&request)?;
+        let peer = peer_of(&request)?;
         let request = request.into_inner();
-        let held = self.session(&caller, request.session, Access::Read)?;
+        let held = self.session(&peer, request.session, Access::Read)?;
         if request.task_ids.len() > RELEASE_COUNT_MAX {
             return Err(field("task_ids", &format!("has more than {RELEASE_COUNT_MAX} entries")));
         }
@@ -541,11 +549,11 @@ impl AgentService for Service {
         &self,
         request: Request<Streaming<v1::RelaySyncRequest>>,
     ) -> Result<Response<Self::RelaySyncStream>, Status> {
-        let caller = caller_of(&request)?;
+        let peer = peer_of(&request)?;
         let mut messages = request.into_inner();
         let first =
             messages.message().await?.ok_or_else(|| field("session", "is missing: no message came"))?;
-        let held = self.session(&caller, first.session, Access::Change)?;
+        let held = self.session(&peer, first.session, Access::Change)?;
         let number = self.relays.fetch_add(1, Ordering::Relaxed);
         let batches = held.supervised.attach_relay(number).await?;
         let relay = Relay { number, supervised: held.supervised, session_id: held.key.session_id };

@@ -7,6 +7,8 @@ use millstream_common::{limits, tls};
 /// Why a peer was sent away. Only the agent's log says it; the peer learns what TLS tells it.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum GreetError {
+    #[error("{limit}")]
+    TooMany { limit: &'static str },
     #[error("the handshake was not finished within {} s", limits::HANDSHAKE_MAX.as_secs())]
     TooSlow,
     #[error("the TLS handshake failed: {}", handshake_reason(source))]
@@ -35,6 +37,22 @@ pub(super) enum GreetError {
 }
 
 impl GreetError {
+    /// In one word, for counts and records.
+    pub(super) fn word(&self) -> &'static str {
+        match self {
+            Self::TooMany { .. } => "too_many",
+            Self::TooSlow => "too_slow",
+            Self::Tls { .. } => "handshake",
+            Self::NotTaken { .. } => "not_taken",
+            Self::Identity { .. } => "identity",
+            Self::Broken(_) => "broken",
+            // Never told: what looks whether a port is open does this all day.
+            Self::Gone => "gone",
+            Self::NotHttp2 => "not_http2",
+            Self::NoCredentials(_) => "no_credentials",
+        }
+    }
+
     /// What somebody can do about it who wanted to come in.
     pub(super) fn next_step(&self) -> &'static str {
         use rustls::{CertificateError as Bad, Error};
@@ -62,6 +80,7 @@ impl GreetError {
                  the name that it dials among the hosts"
             }
             (Self::Identity { .. }, _) => "issue one with `millstream-agent pki issue`, once for each role",
+            (Self::TooMany { .. }, _) => "close connections that are not used",
             (Self::NotHttp2, _) => "what is served here is gRPC: dial with `tls://` and this port",
             _ => "nothing, unless it comes again: then look at the network and the peer",
         }

@@ -16,11 +16,13 @@ use crate::session::OpenRefusal;
 /// What is counted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Count {
+    PeersRefused,
     CallsRefused,
     SessionsOpened,
     SessionsRefused,
     SessionsEnded,
     TasksAccepted,
+    TasksRefused,
     TasksEnded,
 }
 
@@ -55,8 +57,13 @@ impl Counts {
     }
 }
 
+/// Words of [`Count::PeersRefused`].
+pub(crate) const PEER_REFUSALS: &[&str] =
+    &["broken", "handshake", "identity", "no_credentials", "not_http2", "not_taken", "too_many", "too_slow"];
 /// Words of [`Count::CallsRefused`].
-pub(crate) const CALL_REFUSALS: &[&str] = &["keeper", "no_such_call", "role", "unknown"];
+pub(crate) const CALL_REFUSALS: &[&str] = &["keeper", "no_such_call", "not_yours", "role", "unknown"];
+/// Words of [`Count::TasksRefused`].
+pub(crate) const TASK_REFUSALS: &[&str] = &["share_used_up"];
 /// Words of [`Count::SessionsEnded`].
 pub(crate) const SESSION_ENDS: &[&str] = &["closed", "expired", "lost"];
 /// Words of [`Count::SessionsRefused`].
@@ -64,17 +71,19 @@ pub(crate) const SESSION_REFUSALS: &[&str] = &[
     "draining",
     "ended",
     "not_yours",
-    "reserved",
     "share_used_up",
     "superseded",
     "too_many",
     "unclean",
     "unknown",
+    VERSION_REFUSAL,
 ];
+/// Of [`SESSION_REFUSALS`]: the controller and this agent speak no common protocol, or one lacks what the other needs.
+pub(crate) const VERSION_REFUSAL: &str = "version";
 
-/// Why a session was not given, in one word.
-pub(crate) fn refusal_word(refusal: &OpenRefusal) -> &'static str {
-    match refusal {
+/// Why a session was not given, in one word. None: it may still be, its asking is in line.
+pub(crate) fn refusal_word(refusal: &OpenRefusal) -> Option<&'static str> {
+    Some(match refusal {
         OpenRefusal::NotYours => "not_yours",
         OpenRefusal::Over(_) => "ended",
         OpenRefusal::Unknown => "unknown",
@@ -82,9 +91,9 @@ pub(crate) fn refusal_word(refusal: &OpenRefusal) -> &'static str {
         OpenRefusal::Unclean { .. } => "unclean",
         OpenRefusal::TooMany { .. } => "too_many",
         OpenRefusal::ShareUsedUp { .. } => "share_used_up",
-        OpenRefusal::Reserved { .. } => "reserved",
         OpenRefusal::Superseded => "superseded",
-    }
+        OpenRefusal::Reserved { .. } => return None,
+    })
 }
 
 /// Every outcome that there is.

@@ -6,7 +6,10 @@ use std::{
 };
 
 use super::*;
-use crate::session::{Asking, Owner, Secret};
+use crate::{
+    door::identity::Peer,
+    session::{Asking, Owner, Secret},
+};
 
 fn asking(name: &str) -> Asking {
     Asking {
@@ -21,6 +24,10 @@ fn asking(name: &str) -> Asking {
     }
 }
 
+fn peer() -> Peer {
+    Peer { caller: Caller::Starter, address: None }
+}
+
 #[tokio::test]
 async fn operators_see_who_waits_since_when_in_which_order() {
     let state = tempfile::tempdir().unwrap();
@@ -28,8 +35,9 @@ async fn operators_see_who_waits_since_when_in_which_order() {
     let mut controller = agent.controller().await;
     controller.open(v1::OpenSessionRequest { exclusive: true, ..opening() }).await;
     let shared = Arc::clone(&agent.shared);
-    let mut second = pin!(shared.open(asking("bob")));
-    let mut third = pin!(shared.open(Asking { exclusive: false, ..asking("carol") }));
+    let peer = peer();
+    let mut second = pin!(shared.open(asking("bob"), &peer));
+    let mut third = pin!(shared.open(Asking { exclusive: false, ..asking("carol") }, &peer));
     let mut context = Context::from_waker(Waker::noop());
     assert!(
         second.as_mut().poll(&mut context).is_pending() && third.as_mut().poll(&mut context).is_pending()
@@ -59,7 +67,8 @@ async fn a_host_that_was_given_to_somebody_who_has_just_gone_is_given_on() {
     let mut controller = agent.controller().await;
     controller.open(v1::OpenSessionRequest { exclusive: true, ..opening() }).await;
     {
-        let mut gone = pin!(agent.shared.open(asking("bob")));
+        let peer = peer();
+        let mut gone = pin!(agent.shared.open(asking("bob"), &peer));
         assert!(gone.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_pending());
         // Its answer is there when this returns, and nobody has looked at it when the call is dropped.
         controller.close().await;
