@@ -235,7 +235,8 @@ impl Driver {
                 () = sleep_until(deadline), if !self.closing => self.pass_deadline(),
             }
         }
-        self.setup.gate.close().await;
+        let left = self.setup.gate.close().await;
+        self.left_behind.extend(left);
         self.release_unused().await;
         self.end()
     }

@@ -36,13 +36,13 @@ use tracing::{debug, info, warn};
 
 use crate::{
     driver::{mailbox::Mailbox, scribe::Recorder},
-    reach::Reach,
+    reach::{Entrusted, Reach},
     sync::host::SyncHost,
 };
 
 mod bulk;
 mod calls;
-mod close;
+pub(crate) mod close;
 mod events;
 mod features;
 mod line;
@@ -106,15 +106,20 @@ type Client = AgentServiceClient<Channel>;
 
 /// A session as the host knows it.
 #[derive(Debug, Clone)]
-struct Session {
-    id: SessionId,
-    secret: String,
-    epoch: u64,
+pub(crate) struct Session {
+    pub(crate) id: SessionId,
+    pub(crate) secret: String,
+    /// Zero for whoever only ends it.
+    pub(crate) epoch: u64,
 }
 
 impl Session {
     fn key(&self) -> v1::SessionKey {
         v1::SessionKey { session_id: self.id.to_string(), epoch: self.epoch, secret: self.secret.clone() }
+    }
+
+    fn entrusted(&self, lease: Duration, over: bool) -> Entrusted {
+        Entrusted { session_id: self.id, secret: self.secret.clone(), lease, over }
     }
 }
 
@@ -235,6 +240,9 @@ impl Loop {
     async fn session(&mut self) -> bool {
         let session = Session { id: self.world.ids.session_id(), secret: self.world.ids.token(), epoch: 0 };
         self.asked.store(false, Ordering::Relaxed);
+        // Whoever cannot be told now will hear of its end from nobody but its lease.
+        let entrusted = session.entrusted(self.options.lease, false);
+        let _told = timeout(limits::CLOSE_MAX, self.reach.entrust(&entrusted)).await;
         let deadline = self.world.clock.now() + self.reach.reach_max();
         let (connection, opened, belief) = match self.reach_host(&session, false, 1, deadline).await {
             Ok(reached) => reached,

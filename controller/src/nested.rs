@@ -8,15 +8,24 @@
 use std::{
     collections::BTreeMap,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
 };
 
-use millstream_common::{convert, id::TaskId, limits, spec::FailurePolicy};
+use millstream_common::{
+    clock::World,
+    convert,
+    id::{SessionId, TaskId},
+    limits,
+    spec::FailurePolicy,
+};
 use millstream_proto::v1;
+use tokio::task::JoinSet;
 use tonic::Status;
-use tracing::warn;
+use tracing::{info, warn};
 
 use crate::{
-    reach::Reach,
+    link::{Session, close::Closing},
+    reach::{Entrusted, Reach},
     streams::{StreamShared, TestShared},
     sync::service::Page,
 };
@@ -32,6 +41,7 @@ pub(crate) const RESULTS_DIRECTORY: &str = ".millstream-streams";
 #[derive(Debug)]
 pub(crate) struct Gate {
     test: Arc<TestShared>,
+    world: World,
     inner: Mutex<Inner>,
 }
 
@@ -41,12 +51,24 @@ struct Inner {
     allowed: BTreeMap<TaskId, bool>,
     /// Reaches that were dialled for them, by place: what these have started is ended with the test.
     dialled: BTreeMap<String, Arc<dyn Reach>>,
+    /// Sessions that they have opened and not closed.
+    entrusted: BTreeMap<TaskId, BTreeMap<SessionId, Care>>,
+    /// Sessions of tasks that are over, being ended; what cannot be ended comes back as text.
+    ending: JoinSet<Vec<String>>,
     closed: bool,
 }
 
+/// A session in the care of the controller.
+#[derive(Debug)]
+struct Care {
+    session: Session,
+    lease: Duration,
+    reach: Arc<dyn Reach>,
+}
+
 impl Gate {
-    pub(crate) fn new(test: Arc<TestShared>) -> Self {
-        Self { test, inner: Mutex::default() }
+    pub(crate) fn new(test: Arc<TestShared>, world: World) -> Self {
+        Self { test, world, inner: Mutex::default() }
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -58,23 +80,64 @@ impl Gate {
         self.lock().allowed.insert(task, is_local);
     }
 
-    /// A task is over.
+    /// A task is over: what it has left running in streams of its own ends now, and not only with its leases.
     pub(crate) fn forget(&self, task: TaskId) {
-        self.lock().allowed.remove(&task);
+        let mut inner = self.lock();
+        inner.allowed.remove(&task);
+        for (_, care) in inner.entrusted.remove(&task).unwrap_or_default() {
+            let world = self.world.clone();
+            info!(%task, session = %care.session.id, place = care.reach.describe(), "ending what a block has left");
+            inner.ending.spawn(async move {
+                let closing = Closing { reach: &*care.reach, world: &world, lease: care.lease };
+                let left = closing.unconnected(&care.session).await;
+                left.iter()
+                    .for_each(|left| warn!(%task, "what a block has left in a stream of its own: {left}"));
+                left
+            });
+        }
     }
 
-    /// The test is over: nothing is dialled any more, and what was started for blocks ends.
-    pub(crate) async fn close(&self) {
-        let dialled = {
+    /// A task that may run streams leaves a session in the controller's care, or takes it back.
+    fn entrust(&self, task: TaskId, name: &str, session: Entrusted) -> Result<(), Status> {
+        if session.over {
+            self.check(task)?;
+            if let Some(entrusted) = self.lock().entrusted.get_mut(&task) {
+                entrusted.remove(&session.session_id);
+            }
+            return Ok(());
+        }
+        let reach = self.reach(task, name)?;
+        let mut inner = self.lock();
+        let entrusted = inner.entrusted.entry(task).or_default();
+        if entrusted.len() >= limits::SESSIONS_COUNT_MAX {
+            return Err(Status::resource_exhausted(format!(
+                "a block has at most {} sessions in the care of its test: close streams that are not needed any more",
+                limits::SESSIONS_COUNT_MAX
+            )));
+        }
+        let Entrusted { session_id: id, secret, lease, .. } = session;
+        entrusted.insert(id, Care { session: Session { id, secret, epoch: 0 }, lease, reach });
+        Ok(())
+    }
+
+    /// The test is over: nothing is dialled any more, and what was started for blocks ends. What could not be ended comes
+    /// back as text.
+    pub(crate) async fn close(&self) -> Vec<String> {
+        let (mut ending, dialled) = {
             let mut inner = self.lock();
             inner.closed = true;
-            std::mem::take(&mut inner.dialled)
+            (std::mem::take(&mut inner.ending), std::mem::take(&mut inner.dialled))
         };
+        let mut left_behind = Vec::new();
+        while let Some(left) = ending.join_next().await {
+            left_behind.extend(left.unwrap_or_default());
+        }
         for (place, reach) in dialled {
             if tokio::time::timeout(limits::CLOSE_MAX, reach.release()).await.is_err() {
                 warn!("what was started for {place} did not end in time");
             }
         }
+        left_behind
     }
 
     /// Whether a task that may run streams is on this machine.

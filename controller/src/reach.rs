@@ -14,7 +14,7 @@ use std::{
     time::Duration,
 };
 
-use millstream_common::{limits, pipe::BoxedPipe, text, tls};
+use millstream_common::{id::SessionId, limits, pipe::BoxedPipe, text, tls};
 
 use crate::params::{HIDDEN, ReferenceError};
 
@@ -68,9 +68,38 @@ pub trait Reach: Send + Sync + fmt::Debug + 'static {
         true
     }
 
+    /// Called before a session is asked for, and again once it is over: a reach through which somebody else can end what this
+    /// process might leave tells them. Failing to is no reason to have no session.
+    fn entrust<'a>(&'a self, _session: &'a Entrusted) -> Pin<Box<dyn Future<Output = ()> + Send + 'a>> {
+        Box::pin(async {})
+    }
+
     /// Called when the test is over, after the session was closed: ends what the reach itself started.
     fn release(&self) -> Pin<Box<dyn Future<Output = ()> + Send + '_>> {
         Box::pin(async {})
+    }
+}
+
+/// A session as somebody knows it who may have to end it. `Debug` leaves the secret out.
+#[derive(Clone)]
+#[non_exhaustive]
+pub struct Entrusted {
+    /// Its number.
+    pub session_id: SessionId,
+    /// What it is opened with.
+    pub secret: String,
+    /// How long its host keeps it without a word.
+    pub lease: Duration,
+    /// Whether it is over.
+    pub over: bool,
+}
+
+impl fmt::Debug for Entrusted {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Entrusted")
+            .field("session_id", &self.session_id)
+            .field("over", &self.over)
+            .finish_non_exhaustive()
     }
 }
 

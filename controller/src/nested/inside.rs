@@ -7,6 +7,7 @@ use std::{
 };
 
 use millstream_common::{
+    convert,
     id::StreamName,
     limits,
     pipe::BoxedPipe,
@@ -33,7 +34,7 @@ use crate::{
     definition::{Defaults, Defined},
     driver::{Handle, Input},
     params::Origin,
-    reach::{DialError, Dialing, Reach, Surroundings},
+    reach::{DialError, Dialing, Entrusted, Reach, Surroundings},
     streams::StreamShared,
 };
 
@@ -108,8 +109,7 @@ impl Inside {
 /// Streams that are open in this process, and when they have ended.
 type Open = (Handle, watch::Receiver<Option<Vec<String>>>);
 
-/// A block that is asked to terminate closes its streams first: nobody else knows their sessions, which would be left to
-/// their leases. Then the process ends with 128 and the signal's number, unless it has come to its end by itself meanwhile.
+/// A block that is asked to terminate closes its streams first, so that their results are complete. Then the process ends with 128 and the signal's number, unless it has come to its end by itself meanwhile.
 pub(crate) fn close_when_terminated(driver: Handle, ended: watch::Receiver<Option<Vec<String>>>) {
     static OPEN: Mutex<Vec<Open>> = Mutex::new(Vec::new());
     static WATCHED: Once = Once::new();
@@ -269,5 +269,30 @@ impl Reach for Way {
 
     fn survives_disconnect(&self) -> bool {
         self.survives_disconnect
+    }
+
+    fn entrust<'a>(
+        &'a self,
+        session: &'a Entrusted,
+    ) -> std::pin::Pin<Box<dyn Future<Output = ()> + Send + 'a>> {
+        Box::pin(async {
+            let request = v1::EntrustSessionRequest {
+                stream: self.stream.to_string(),
+                session_id: session.session_id.to_string(),
+                secret: session.secret.clone(),
+                lease_duration: Some(convert::duration(session.lease)),
+                over: session.over,
+            };
+            let told = async {
+                let mut client = client(&self.socket).await.map_err(|error| error.to_string())?;
+                client.entrust_session(request).await.map_err(|status| status.message().to_owned())
+            };
+            if let Err(why) = told.await {
+                warn!(
+                    place = self.place,
+                    why, "this session ends with its lease if this block does not end it"
+                );
+            }
+        })
     }
 }

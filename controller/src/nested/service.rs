@@ -1,9 +1,9 @@
 //! `NestedService`: the controller's end, for one task at a time. Lists streams and dials their agents; understands nothing
 //! of what passes.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
-use millstream_common::{id::TaskId, limits};
+use millstream_common::{convert, id::TaskId, limits};
 use millstream_proto::v1::{
     self, dial_stream_request, dial_stream_response,
     nested_service_server::{NestedService, NestedServiceServer},
@@ -20,7 +20,10 @@ use super::{
     Gate,
     tunnel::{self, Piece},
 };
-use crate::sync::service::{BlockService, Page};
+use crate::{
+    reach::Entrusted,
+    sync::service::{BlockService, Page},
+};
 
 /// What every method of the service begins with.
 const PREFIX: &str = "/millstream.v1.NestedService/";
@@ -58,6 +61,19 @@ impl NestedService for ForTask {
         let mut page = Page::new(request.into_inner().from_index);
         let streams = self.gate.list(self.task, &mut page)?;
         Ok(Response::new(v1::ListStreamsResponse { streams, next_index: page.next_index() }))
+    }
+
+    async fn entrust_session(
+        &self,
+        request: Request<v1::EntrustSessionRequest>,
+    ) -> Result<Response<v1::EntrustSessionResponse>, Status> {
+        let v1::EntrustSessionRequest { stream, session_id, secret, lease_duration, over } =
+            request.into_inner();
+        let invalid = |error: convert::ConvertError| Status::invalid_argument(error.to_string());
+        let session_id = convert::id_in("session_id", &session_id).map_err(invalid)?;
+        let lease = lease_duration.and_then(|lease| Duration::try_from(lease).ok()).unwrap_or(limits::LEASE);
+        self.gate.entrust(self.task, &stream, Entrusted { session_id, secret, lease, over })?;
+        Ok(Response::new(v1::EntrustSessionResponse {}))
     }
 
     type DialStreamStream =

@@ -345,7 +345,7 @@ impl StreamsBuilder {
         let driver = driver::handle(&inbox, &runtime);
         let sync = SyncHost::new(self.world.clone(), &runtime);
         sync.streams_defined(shared.lock().streams.len());
-        let gate = Arc::new(Gate::new(Arc::clone(&shared)));
+        let gate = Arc::new(Gate::new(Arc::clone(&shared), self.world.clone()));
         sync.serve_beside(Arc::clone(&gate) as _);
         let (ended, receiver) = watch::channel(None);
         let setup = Setup {

@@ -51,7 +51,12 @@ impl Ticker {
 
     /// The block. Its last line is `end N` with the number of lines before.
     pub(crate) fn block(&self) -> Block {
-        shell(format!(
+        shell(self.text()).name("ticker")
+    }
+
+    /// The same as text for a shell.
+    pub(crate) fn text(&self) -> String {
+        format!(
             "cd {directory}\n\
              n=0\n\
              while [ ! -e go ]; do\n\
@@ -62,8 +67,7 @@ impl Ticker {
              done\n\
              echo \"end $n\"\n",
             directory = self.inside.display()
-        ))
-        .name("ticker")
+        )
     }
 
     /// Lines printed so far.
