@@ -18,25 +18,24 @@ use std::{
 
 use millstream_common::{
     clock::World,
-    id::{SessionId, TaskId},
+    id::TaskId,
     limits,
     outcome::{Reason, TaskEnd},
     pipe,
-    protocol::{SESSION_GONE, SESSION_LOST},
     text::{printable, spoken},
 };
-use millstream_proto::v1::{self, agent_service_client::AgentServiceClient};
+use millstream_proto::v1::agent_service_client::AgentServiceClient;
 use tokio::{
     sync::watch,
     task::JoinSet,
     time::{Instant, timeout, timeout_at},
 };
-use tonic::{Code, Status, transport::Channel};
+use tonic::{Status, transport::Channel};
 use tracing::{debug, info, warn};
 
 use crate::{
     driver::{mailbox::Mailbox, scribe::Recorder},
-    reach::{Entrusted, Reach},
+    reach::Reach,
     sync::host::SyncHost,
 };
 
@@ -49,6 +48,7 @@ mod line;
 mod messages;
 mod open;
 mod relay;
+mod session;
 
 use calls::{begin_in_order, keep, release, signal, start};
 use events::watch_session;
@@ -57,6 +57,8 @@ pub(crate) use line::Holdings;
 use line::Line;
 pub(crate) use messages::{LinkOptions, Opened, Order, Put, Report, Sending};
 use open::{Attempt, OpenError};
+pub(crate) use session::Session;
+use session::{session_gone, session_is_gone};
 
 /// The driver's end of a link.
 #[derive(Debug)]
@@ -103,25 +105,6 @@ pub(crate) type ReportFuture = std::pin::Pin<Box<dyn Future<Output = ()> + Send>
 type Reports = Arc<dyn Fn(Report) -> ReportFuture + Send + Sync>;
 
 type Client = AgentServiceClient<Channel>;
-
-/// A session as the host knows it.
-#[derive(Debug, Clone)]
-pub(crate) struct Session {
-    pub(crate) id: SessionId,
-    pub(crate) secret: String,
-    /// Zero for whoever only ends it.
-    pub(crate) epoch: u64,
-}
-
-impl Session {
-    fn key(&self) -> v1::SessionKey {
-        v1::SessionKey { session_id: self.id.to_string(), epoch: self.epoch, secret: self.secret.clone() }
-    }
-
-    fn entrusted(&self, lease: Duration, over: bool) -> Entrusted {
-        Entrusted { session_id: self.id, secret: self.secret.clone(), lease, over }
-    }
-}
 
 /// One working connection of a session.
 #[derive(Debug, Clone)]
@@ -572,17 +555,6 @@ fn tasks_of(shared: &Shared) -> Vec<TaskId> {
         .filter(|(_, incoming)| incoming.end.is_none())
         .map(|(&task, _)| task)
         .collect()
-}
-
-/// Why the session is gone, if that is what the host says.
-fn session_gone(status: &Status) -> Option<Reason> {
-    let is_gone = status.code() == Code::FailedPrecondition && status.message().starts_with(SESSION_GONE);
-    let died = status.message().starts_with(SESSION_LOST);
-    is_gone.then_some(if died { Reason::SupervisorDied } else { Reason::LeaseExpired })
-}
-
-fn session_is_gone(status: &Status) -> bool {
-    session_gone(status).is_some()
 }
 
 /// What the failure of any other call means.

@@ -109,7 +109,8 @@ impl Inside {
 /// Streams that are open in this process, and when they have ended.
 type Open = (Handle, watch::Receiver<Option<Vec<String>>>);
 
-/// A block that is asked to terminate closes its streams first, so that their results are complete. Then the process ends with 128 and the signal's number, unless it has come to its end by itself meanwhile.
+/// A block that is asked to terminate closes its streams first, so that their results are complete. Then the process ends
+/// with 128 and the signal's number, unless it has come to its end by itself meanwhile.
 pub(crate) fn close_when_terminated(driver: Handle, ended: watch::Receiver<Option<Vec<String>>>) {
     static OPEN: Mutex<Vec<Open>> = Mutex::new(Vec::new());
     static WATCHED: Once = Once::new();

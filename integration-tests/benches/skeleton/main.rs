@@ -9,6 +9,7 @@
 #![expect(clippy::disallowed_methods, reason = "it measures real time")]
 #![expect(clippy::cast_precision_loss, reason = "figures for people")]
 
+mod frames;
 mod limits;
 
 use std::{
@@ -65,6 +66,7 @@ fn main() {
             archive(&path, directory.path()).await;
         });
     });
+    frames::rounds();
     drop(agent);
 }
 

@@ -8,6 +8,7 @@
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
 mod dice;
+mod hanging;
 mod hosts;
 mod ledger;
 mod plan;

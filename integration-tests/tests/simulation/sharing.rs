@@ -19,10 +19,10 @@ use crate::{
     steps::{Program, Step},
 };
 
-type Test = Pin<Box<dyn Future<Output = turmoil::Result>>>;
+pub(crate) type Test = Pin<Box<dyn Future<Output = turmoil::Result>>>;
 
 /// Runs tests beside each other on hosts that nothing goes wrong with, until all have ended.
-fn simulate(seed: u64, hosts: usize, tests: impl FnOnce(&World) -> Vec<(&'static str, Test)>) {
+pub(crate) fn simulate(seed: u64, hosts: usize, tests: impl FnOnce(&World) -> Vec<(&'static str, Test)>) {
     register_network();
     let world = world(seed);
     let mut sim = turmoil::Builder::new()
@@ -55,7 +55,7 @@ fn simulate(seed: u64, hosts: usize, tests: impl FnOnce(&World) -> Vec<(&'static
 }
 
 /// A test by its name, with the streams `a`, `b` … on the hosts in that order.
-fn opened(
+pub(crate) fn opened(
     name: &str,
     world: &World,
     results: &tempfile::TempDir,

@@ -17,8 +17,6 @@ use tonic::{Status, codegen::http};
 use super::*;
 use crate::sync::host::{SpeakerLabel, TaskFate};
 
-mod rounds;
-
 struct Lab {
     host: SyncHost,
     relay: Relay,
