@@ -3,7 +3,7 @@
 # millstream-agent-VERSION-MACHINE.tar.gz). Running it again is harmless; tasks go on while the agent is replaced.
 #
 #   ./install.sh               installs, or updates what is installed
-#   ./install.sh --uninstall   ends the agent and all blocks and removes the program; configuration and certificates stay
+#   ./install.sh --uninstall   ends the agent and all blocks and removes the program; /etc/millstream and /var/log/millstream stay
 #
 # PREFIX says where the program goes (/usr/local), DESTDIR for which root directory it is installed (none: this host).
 set -eu
@@ -15,6 +15,7 @@ program=$DESTDIR$PREFIX/bin/millstream-agent
 units=$DESTDIR/etc/systemd/system
 temporary=$DESTDIR/etc/tmpfiles.d/millstream.conf
 configuration=$DESTDIR/etc/millstream/agent.yaml
+services="millstream-agent millstream-blocks millstream-pki@"
 
 complain() { echo "install.sh: $*" >&2; exit 1; }
 
@@ -29,12 +30,23 @@ put() { # MODE FROM TO
   mv "$3.new" "$3"
 }
 
+# Whom the units name: the group whose members may look at the agent, and who the authority runs as.
+make_users() {
+  groupadd --force --system millstream || complain "the group millstream cannot be made: make it, and run this again"
+  id -u millstream-pki >/dev/null 2>&1 ||
+    useradd --system --user-group --no-create-home --home-dir /nonexistent --shell /usr/sbin/nologin millstream-pki ||
+    complain "the user millstream-pki cannot be made: make it with a group of its own, and run this again"
+}
+
 uninstall() {
   if has_systemd; then
-    systemctl disable --quiet --now millstream-agent.service 2>/dev/null || true
-    systemctl stop millstream-blocks.service 2>/dev/null || true
+    systemctl disable --quiet --now millstream-agent.service millstream-pki@.service 2>/dev/null || true
+    systemctl stop 'millstream-pki@*.service' millstream-blocks.service 2>/dev/null || true
+  elif [ -z "$DESTDIR" ] && [ -x "$program" ] && "$program" status >/dev/null 2>&1; then
+    complain "the agent runs: let its blocks end (millstream-agent drain --wait), have this host end it, and run this again"
   fi
-  rm -f "$program" "$units/millstream-agent.service" "$units/millstream-blocks.service" "$temporary"
+  rm -f "$program" "$temporary"
+  for service in $services; do rm -f "$units/$service.service"; done
   rm -f "$DESTDIR$PREFIX"/share/man/man1/millstream-agent*.1 \
     "$DESTDIR$PREFIX/share/bash-completion/completions/millstream-agent" \
     "$DESTDIR$PREFIX/share/zsh/site-functions/_millstream-agent" \
@@ -45,16 +57,18 @@ uninstall() {
 }
 
 install() {
-  for file in millstream-agent agent.yaml systemd/millstream-agent.service systemd/millstream-blocks.service systemd/millstream.tmpfiles; do
+  for file in millstream-agent agent.yaml systemd/millstream.tmpfiles; do
     [ -f "$here/$file" ] || complain "no \`$file\` in $here: run this script where the whole archive is unpacked"
   done
   version=$("$here/millstream-agent" --version) ||
     complain "\`$here/millstream-agent\` does not run here: it was built for $(od -An -tx1 -j18 -N2 "$here/millstream-agent" | tr -d ' '), this host is $(uname -m)"
+  if has_systemd; then make_users; fi
   put 755 "$here/millstream-agent" "$program"
-  for unit in millstream-agent millstream-blocks; do
-    sed "s,^ExecStart=/usr/bin/,ExecStart=$PREFIX/bin/," "$here/systemd/$unit.service" >"$here/.$unit.service"
-    put 644 "$here/.$unit.service" "$units/$unit.service"
-    rm "$here/.$unit.service"
+  mkdir -p "$units"
+  for service in $services; do
+    sed "s,^ExecStart=/usr/bin/,ExecStart=$PREFIX/bin/," "$here/systemd/$service.service" >"$units/$service.service.new"
+    chmod 644 "$units/$service.service.new"
+    mv "$units/$service.service.new" "$units/$service.service"
   done
   put 644 "$here/systemd/millstream.tmpfiles" "$temporary"
   for page in "$here"/man/*.1; do put 644 "$page" "$DESTDIR$PREFIX/share/man/man1/${page##*/}"; done
@@ -70,12 +84,10 @@ install() {
     put 644 "$here/agent.yaml" "$configuration"
   fi
   echo "installed $program: $version"
-  [ -n "$DESTDIR" ] || groupadd --force --system millstream ||
-    complain "the group millstream cannot be made: make it, and run this again"
   if has_systemd; then
     systemctl daemon-reload
     systemd-tmpfiles --create "$temporary"
-    systemctl try-restart millstream-agent.service || complain "the agent did not come back: see \`journalctl -u millstream-agent\`"
+    systemctl try-restart millstream-agent.service 'millstream-pki@*.service' || complain "a service did not come back: see \`journalctl -u 'millstream-*'\`"
     systemctl is-active --quiet millstream-agent.service ||
       echo "next: put ca.pem, revoked.pem, agent.pem and agent.key into /etc/millstream, then: systemctl enable --now millstream-agent"
   else

@@ -266,6 +266,7 @@ impl RunError {
     fn exit_code(&self) -> ExitCode {
         match self {
             Self::Config(error) if !error.may_pass() => ExitCode::from(EXIT_CONFIGURATION),
+            Self::Serve(ServeError::Authority(_)) => ExitCode::from(EXIT_CONFIGURATION),
             _ => ExitCode::FAILURE,
         }
     }
@@ -538,10 +539,16 @@ mod tests {
     }
 
     #[test]
-    fn the_unit_knows_the_exit_code_that_no_restart_helps() {
+    fn the_units_know_the_exit_code_that_no_restart_helps() {
         let missing = RunError::from(Config::load(Path::new("/nonexistent/agent.yaml")).unwrap_err());
         assert_eq!(missing.exit_code(), ExitCode::from(EXIT_CONFIGURATION));
-        let unit = include_str!("../../deploy/systemd/millstream-agent.service");
-        assert!(unit.contains(&format!("\nRestartPreventExitStatus={EXIT_CONFIGURATION}\n")), "{unit}");
+        let missing = RunError::from(ServeError::from(pki::show(Path::new("/nonexistent"), 0).unwrap_err()));
+        assert_eq!(missing.exit_code(), ExitCode::from(EXIT_CONFIGURATION));
+        for unit in [
+            include_str!("../../deploy/systemd/millstream-agent.service"),
+            include_str!("../../deploy/systemd/millstream-pki@.service"),
+        ] {
+            assert!(unit.contains(&format!("\nRestartPreventExitStatus={EXIT_CONFIGURATION}\n")), "{unit}");
+        }
     }
 }

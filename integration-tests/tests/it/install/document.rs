@@ -1,5 +1,5 @@
 //! deploy/README.md, executed: its commands are read out of it and run as they stand on an administrator's machine, with three
-//! hosts in reach.
+//! hosts in reach; and on the same hosts those of docs/certificates.md that make certificates renew themselves.
 //!
 //! Two programs are stood in for there, because building them again would take minutes and prove nothing about the document:
 //! `deploy/package` hands out the package that it has made before from the static agent, and `cargo run --example` starts
@@ -11,9 +11,11 @@ use millstream_integration_tests::{
     lab::{Host, Lab},
     machine::Machine,
     tools,
+    wait::wait_until_true,
 };
 
 use super::package;
+use crate::support::SOON;
 
 const HOSTS: [&str; 3] = ["foo", "bar", "baz"];
 const EXAMPLES: [&str; 2] = ["netperf", "ping_all"];
@@ -77,8 +79,9 @@ fn the_document_takes_ten_commands() {
 #[ignore = "needs root, systemd, openssh, cargo-deb and the built examples: integration-tests/run"]
 fn three_hosts_are_installed_by_following_the_document() {
     let lab = Lab::without_authority(&HOSTS);
-    let names: Vec<_> =
+    let mut names: Vec<_> =
         HOSTS.iter().map(|name| (format!("{name}.example.com"), lab.host(name).address())).collect();
+    names.push(("ca.example.com".to_owned(), lab.controller().address()));
     let boot = |host: &Host| {
         let directory = lab.directory().join(host.name());
         fs::create_dir_all(&directory).unwrap();
@@ -87,13 +90,13 @@ fn three_hosts_are_installed_by_following_the_document() {
     let administrator = boot(lab.controller());
     let hosts = HOSTS.map(|name| boot(lab.host(name)));
     prepare_administrator(&administrator, &hosts);
-    let document = include_str!("../../../../deploy/README.md");
-    let follow = |section: &str| {
+    let deploying = include_str!("../../../../deploy/README.md");
+    let follow = |document: &str, section: &str| {
         let run = |fence: String| administrator.run(&format!("cd /root/checkout\n{fence}"));
         commands(document, section).into_iter().map(run).collect::<String>()
     };
 
-    let told = follow("Three hosts in ten commands");
+    let told = follow(deploying, "Three hosts in ten commands");
     for name in HOSTS {
         assert!(told.contains(&format!("made pki/agent-{name}.pem")), "{told}");
     }
@@ -108,9 +111,34 @@ fn three_hosts_are_installed_by_following_the_document() {
         assert_eq!(host.run("stat -c %a /etc/millstream/agent.key").trim(), "600");
     }
 
-    let told = follow("For whoever writes tests");
+    let told = follow(deploying, "For whoever writes tests");
     assert!(told.contains("client | connected to foo.example.com") && told.contains("Gbit/s"), "{told}");
     for name in ["server", "client", "third"] {
         assert!(told.contains(&format!("{name} answers after")), "{told}");
     }
+
+    follow(include_str!("../../../../docs/certificates.md"), "Renewal");
+    renews_itself(&administrator, &hosts[0]);
+}
+
+/// A certificate of 20 s is followed by others, by a service that its own user runs.
+fn renews_itself(authority: &Machine, host: &Machine) {
+    let served = authority.run("systemctl show -p MainPID --value millstream-pki@ca.example.com");
+    assert_eq!(authority.run(&format!("stat -c %U /proc/{}", served.trim())), "millstream-pki\n");
+    assert_eq!(authority.run("stat -c '%a %U %G' /etc/millstream/pki/ca.key"), "640 root millstream-pki\n");
+    let told = authority.output("systemd-analyze verify millstream-pki@ca.example.com.service");
+    assert_eq!(tools::both(&told), "");
+
+    authority.run(
+        "millstream-agent pki issue --role agent --name brief --valid 20s --address foo.example.com\n\
+         scp -q /etc/millstream/pki/agent-brief.pem root@foo.example.com:/etc/millstream/agent.pem\n\
+         scp -q /etc/millstream/pki/agent-brief.key root@foo.example.com:/etc/millstream/agent.key\n\
+         ssh root@foo.example.com systemctl restart millstream-agent",
+    );
+    let log = |machine: &Machine| machine.run("journalctl --no-pager --output=cat -u 'millstream-*'");
+    wait_until_true("the certificate is renewed", SOON, || log(host).contains("certificate renewed"));
+    let told = log(authority);
+    assert!(told.contains("holder=\"millstream://agent/brief\""), "{told}");
+    let told = host.run("millstream-agent status");
+    assert!(told.contains("millstream://agent/brief, until ") && told.contains(", is renewed at "), "{told}");
 }

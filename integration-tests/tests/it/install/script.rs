@@ -64,6 +64,21 @@ fn a_host_without_dpkg_is_installed_updated_and_freed_by_a_script() {
     machine.run("/srv/root/opt/bin/millstream-agent --version && test ! -e /etc/systemd/system/millstream-agent.service");
     machine.run("grep -q '^ExecStart=/opt/bin/' /srv/root/etc/systemd/system/millstream-agent.service");
 
+    // Where there is nothing but a shell: no systemd, no dpkg, none of its programs.
+    machine.run(
+        "cd /srv && mkdir -p small/bin small/srv small/proc && mount -t proc proc small/proc && cp -r present small/srv/\n\
+         cp /bin/busybox small/bin/\n\
+         for name in $(busybox --list); do [ $name = busybox ] || ln -s busybox small/bin/$name; done",
+    );
+    let small = |command: &str| {
+        machine.run(&format!("PATH=/usr/sbin:/usr/local/bin:/bin chroot /srv/small /bin/sh -c '{command}'"))
+    };
+    let told = small("/srv/present/install.sh");
+    assert!(told.contains("then have this host start: /usr/local/bin/millstream-agent serve"), "{told}");
+    assert_eq!(small("millstream-agent --version"), format!("millstream-agent {version}\n"));
+    small("/srv/present/install.sh --uninstall");
+    assert!(!machine.path("/srv/small/usr/local/bin/millstream-agent").exists());
+
     let told = refused(&machine.output("/srv/next/install.sh --update"));
     assert_eq!(told, "install.sh: no such option: `--update`; there is --uninstall\n");
     let told = refused(&machine.output("setpriv --reuid nobody --clear-groups /srv/next/install.sh"));

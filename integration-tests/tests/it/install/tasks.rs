@@ -1,7 +1,7 @@
 //! Tasks on an installed agent: what runs while the agent is upgraded, rolled back, restarted and killed; what blocks find on
 //! a host whose agent is a service; and what is left when the package is removed.
 
-use std::path::Path;
+use std::{collections::BTreeMap, path::Path};
 
 use millstream::{Ready, Result, Streams, exec, shell};
 use millstream_integration_tests::{lab::Lab, machine::Machine, package::Package, tools, wait::wait_until};
@@ -149,6 +149,50 @@ fn blocks_of_an_installed_agent_see_the_host_as_it_is() {
     let expected = format!("{capabilities}NoNewPrivs:\t0\nSeccomp:\t0\n0\n/root\n{files}\n");
     assert_eq!(told, expected);
     installed.machine.run("ls /tmp/seen /etc/seen /usr/seen /root/seen");
+    the_journal_tells_who_ran_what(&installed.machine);
+}
+
+/// As docs/operating.md has it: one record each for the block of the user `nobody` and for what came of it.
+fn the_journal_tells_who_ran_what(machine: &Machine) {
+    type Record = BTreeMap<String, serde_json::Value>;
+    let find = |event: &str, field: &str| {
+        let owner = "millstream://controller/view";
+        let query = format!(
+            "journalctl --output=json MILLSTREAM_OWNER={owner} MILLSTREAM_EVENT={event} MILLSTREAM_{field}"
+        );
+        let lines = wait_until("the journal has the record", SOON, || {
+            Some(machine.run(&query)).filter(|lines| !lines.is_empty())
+        });
+        assert_eq!(lines.lines().count(), 1, "{lines}");
+        serde_json::from_str::<Record>(&lines).unwrap()
+    };
+    let field = |record: &Record, name: &str| {
+        let value = record.get(name).and_then(serde_json::Value::as_str);
+        value.unwrap_or_else(|| panic!("no {name} in {record:?}")).to_owned()
+    };
+    let accepted = find("task.accepted", "USER=nobody");
+    let ended = find("task.ended", &format!("TASK={}", field(&accepted, "MILLSTREAM_TASK")));
+    for record in [&accepted, &ended] {
+        for (name, value) in [
+            ("SYSLOG_IDENTIFIER", "millstream-agent"),
+            ("_SYSTEMD_UNIT", "millstream-agent.service"),
+            ("PRIORITY", "6"),
+            ("MILLSTREAM_HOST", "one"),
+            ("MILLSTREAM_STREAM", "one"),
+        ] {
+            assert_eq!(field(record, name), value, "{record:?}");
+        }
+        for name in ["TIME", "CLIENT", "SESSION", "BLOCK"] {
+            field(record, &format!("MILLSTREAM_{name}"));
+        }
+    }
+    assert!(field(&accepted, "MILLSTREAM_PROGRAM").contains("sh"), "{accepted:?}");
+    for (name, value) in
+        [("OUTCOME", "passed"), ("REASON", "exited"), ("EXIT_CODE", "0"), ("LOGGED_BYTES", "7")]
+    {
+        assert_eq!(field(&ended, &format!("MILLSTREAM_{name}")), value, "{ended:?}");
+    }
+    assert!(field(&ended, "MILLSTREAM_START_TIME") <= field(&ended, "MILLSTREAM_END_TIME"), "{ended:?}");
 }
 
 #[test]
@@ -158,11 +202,11 @@ fn removing_the_package_ends_what_runs_and_purging_it_leaves_only_certificates()
     let machine = &installed.machine;
     let work = || async {
         let streams = open(&installed.lab, "removed")?;
-        // Daemons too, which are no children of anybody: one that tidies up when it is asked to end, and one that is deaf.
+        // It tidies up when it is asked to end. Its daemon is no child of anybody, and deaf.
         let block = shell(
-            "setsid sh -c 'trap \"echo tidied >/srv/tidied; exit\" TERM; sleep 67676767 & echo up; wait' &\n\
-             setsid sh -c 'trap \"\" TERM; sleep 78787878' &\n\
-             exec sleep 89898989",
+            "setsid sh -c 'trap \"\" TERM; sleep 67676767' &\n\
+             trap 'echo tidied >/srv/tidied; exit' TERM\n\
+             sleep 78787878 & echo up; wait",
         );
         let task = streams.get("one")?.run_bg(block);
         task.ready(Ready::log("up")).await?;
