@@ -369,7 +369,7 @@ async fn serve(
         });
     }
     if let (Some(paths), Some(tls)) = (&config.tls, &tls) {
-        tokio::spawn(reload::keep_fresh(paths.value.clone(), tls.clone()));
+        tokio::spawn(reload::keep_fresh(paths.value.clone(), tls.clone(), door.certificate()));
         let keeping = renewing::keep_valid(
             paths.value.clone(),
             config.renew.clone(),

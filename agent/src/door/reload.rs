@@ -22,13 +22,13 @@ use tokio::{
 };
 use tracing::{info, warn};
 
-use super::admission::Admission;
+use super::{admission::Admission, renewing::CertificateNote};
 
 /// Files of one set are written one after another: this long after the last change they are looked at.
 const SETTLE: Duration = Duration::from_millis(300);
 
 /// Replaces the configuration whenever a file behind it has changed, or on SIGHUP. Runs until dropped.
-pub async fn keep_fresh(paths: TlsPaths, admission: Arc<Admission>) {
+pub async fn keep_fresh(paths: TlsPaths, admission: Arc<Admission>, note: Arc<CertificateNote>) {
     let watch = watch_directories(&paths);
     if let Err(error) = &watch {
         warn!(%error, "files of certificates are not watched: send SIGHUP after changing them");
@@ -49,6 +49,7 @@ pub async fn keep_fresh(paths: TlsPaths, admission: Arc<Admission>) {
         }
         sleep(SETTLE).await;
         load(&paths, &admission);
+        note.look_again();
     }
 }
 

@@ -2,7 +2,9 @@
 
 use std::error::Error;
 
-use crate::pipe;
+use rustls::pki_types::UnixTime;
+
+use crate::{convert, pipe};
 
 /// Why something failed, for people: the innermost cause of an error, and for TLS what it means and what to do.
 #[must_use]
@@ -57,12 +59,19 @@ fn tls_reason(error: &rustls::Error) -> String {
                  check that both ends use the same `ca.pem`"
                     .to_owned()
             }
-            Bad::Expired | Bad::ExpiredContext { .. } => {
-                "the other end's certificate has expired: issue a new one".to_owned()
-            }
-            Bad::NotValidYet | Bad::NotValidYetContext { .. } => {
-                "the other end's certificate is not valid yet: check both clocks".to_owned()
-            }
+            Bad::Expired => "the other end's certificate has expired: issue a new one".to_owned(),
+            Bad::ExpiredContext { time, not_after } => format!(
+                "the other end's certificate has expired: it was valid until {}, and the clock here says {}; issue a new one",
+                clock(*not_after),
+                clock(*time)
+            ),
+            Bad::NotValidYet => "the other end's certificate is not valid yet: check both clocks".to_owned(),
+            Bad::NotValidYetContext { time, not_before } => format!(
+                "the other end's certificate is not valid yet: it is valid from {}, and the clock here says {}; set the clock that \
+                 is wrong",
+                clock(*not_before),
+                clock(*time)
+            ),
             Bad::Revoked => "the other end's certificate was revoked".to_owned(),
             Bad::InvalidPurpose | Bad::InvalidPurposeContext { .. } => {
                 "the other end's certificate is for another role: an agent needs one of the role agent"
@@ -84,6 +93,10 @@ fn tls_reason(error: &rustls::Error) -> String {
     }
 }
 
+fn clock(time: UnixTime) -> String {
+    convert::timestamp(time.as_secs().saturating_mul(1_000_000_000)).to_string()
+}
+
 /// Whether a [`reason`] says that the agent refused who asked, by a certificate or by the lack of one. Nothing but the text
 /// of an alert comes through HTTP/2; so its words are compared here, beside the sentences that have them.
 #[must_use]
@@ -103,7 +116,10 @@ fn alert_reason(alert: &str) -> Option<&'static str> {
         "CertificateRequired" | "NoCertificate" => {
             "the agent refused the connection: no certificate was shown; give one with role controller or operator"
         }
-        "CertificateExpired" => "the agent refused this certificate: it has expired; issue a new one",
+        "CertificateExpired" => {
+            "the agent refused this certificate: by its clock it has expired or is not valid yet; look at it with \
+             `millstream-agent pki show`, issue a new one, or set the clock that is wrong"
+        }
         "CertificateRevoked" => "the agent refused this certificate: it was revoked; issue a new one",
         "UnsupportedCertificate" => {
             "the agent refused this certificate: it is not for a client; use one with role controller or operator"
@@ -124,6 +140,24 @@ fn alert_reason(alert: &str) -> Option<&'static str> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_certificate_out_of_its_time_is_told_with_both_times() {
+        use std::time::Duration;
+        let at = |seconds| UnixTime::since_unix_epoch(Duration::from_secs(seconds));
+        let told = |bad| reason(&rustls::Error::InvalidCertificate(bad));
+        use rustls::CertificateError::{ExpiredContext, NotValidYetContext};
+        assert_eq!(
+            told(ExpiredContext { time: at(1_790_000_000), not_after: at(1_780_000_000) }),
+            "the other end's certificate has expired: it was valid until 2026-05-28T20:26:40Z, and the clock here says \
+             2026-09-21T14:13:20Z; issue a new one"
+        );
+        assert_eq!(
+            told(NotValidYetContext { time: at(1_000), not_before: at(1_780_000_000) }),
+            "the other end's certificate is not valid yet: it is valid from 2026-05-28T20:26:40Z, and the clock here says \
+             1970-01-01T00:16:40Z; set the clock that is wrong"
+        );
+    }
 
     #[test]
     fn an_alert_about_a_certificate_is_a_refusal_and_no_other_one_is() {

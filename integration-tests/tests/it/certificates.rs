@@ -123,6 +123,40 @@ fn an_agent_renews_its_certificate_while_a_block_runs_and_tells_when_it_cannot()
     wait_until_true("the status tells it too", SOON, || {
         status(&agent).contains("NOT RENEWED (failed to reach")
     });
+    an_expired_one_is_told_and_replaced_by_hand(&lab, &agent);
+}
+
+/// As when a host was switched off for too long: whoever dials it is told both times, and one that is issued is taken at once.
+fn an_expired_one_is_told_and_replaced_by_hand(lab: &Lab, agent: &Agent) {
+    wait_until_true("the log tells that it has expired", SOON, || {
+        agent.log().contains("and is not renewed any more") && agent.log().contains("pki issue")
+    });
+    assert!(status(agent).contains("NOT USABLE: it has expired"), "{}", status(agent));
+    let dialled = |test: &str| {
+        lab.controller()
+            .block_on(|| async {
+                let streams = open(lab, test)?;
+                let outcome = streams.get("one")?.run_bg(millstream::exec(["true"])).outcome().await;
+                streams.close().await.map(|()| outcome)
+            })
+            .unwrap()
+            .to_string()
+    };
+    let told = dialled("too-late");
+    for part in
+        ["certificate has expired: it was valid until ", ", and the clock here says ", "issue a new one"]
+    {
+        assert!(told.contains(part), "{told}");
+    }
+    let directory = lab.directory().join("authority");
+    for file in ["agent-one.pem", "agent-one.key"] {
+        fs::remove_file(directory.join(file)).unwrap();
+    }
+    let mut command = Command::new(tools::agent_program());
+    command.args(["pki", "issue", "--role", "agent", "--name", "one", "--address"]);
+    tools::run(command.arg(lab.host("one").address().to_string()).arg("--dir").arg(&directory));
+    wait_until_true("the new one is taken", SOON, || status(agent).contains(", is renewed at "));
+    assert!(dialled("again").contains("passed"), "{}", agent.log());
 }
 
 #[test]

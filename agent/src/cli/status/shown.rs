@@ -101,7 +101,8 @@ fn waiting_line(place: u32, waiting: &v1::WaitingStatus) -> String {
 fn certificate_line(certificate: &v1::CertificateStatus) -> String {
     let until = certificate.expire_time.as_ref().map_or_else(String::new, shown_time);
     let renewal = match (&certificate.renew_time, certificate.trouble.as_str()) {
-        (None, _) => "nobody renews it".to_owned(),
+        (None, "") => "nobody renews it".to_owned(),
+        (None, trouble) => format!("NOT USABLE: {trouble}"),
         (Some(at), "") => format!("is renewed at {}", shown_time(at)),
         (Some(at), trouble) => format!("NOT RENEWED ({trouble}), tried again at {}", shown_time(at)),
     };

@@ -75,6 +75,12 @@ impl GreetError {
             (_, Some(Error::InvalidCertificate(Bad::InvalidPurpose | Bad::InvalidPurposeContext { .. }))) => {
                 "dial with a certificate of the role controller or operator: one of an agent is for its own port"
             }
+            (_, Some(Error::InvalidCertificate(Bad::NotValidYet | Bad::NotValidYetContext { .. }))) => {
+                "set the clock that is wrong: of this host, or of the one where the certificate was made"
+            }
+            (_, Some(Error::AlertReceived(rustls::AlertDescription::CertificateExpired))) => {
+                "look at `millstream-agent status`: either this agent's certificate has expired, or a clock is wrong"
+            }
             (_, Some(Error::AlertReceived(_))) => {
                 "look at this agent's certificate with `millstream-agent pki show`: the peer wants its own authority, and \
                  the name that it dials among the hosts"
@@ -197,12 +203,17 @@ mod tests {
             elsewhere,
             elsewhere_trusting,
         ] {
-            log += &told(&admission, peer).await;
+            let line = told(&admission, peer).await;
+            let is_time =
+                |word: &str| word.starts_with("20") && word.trim_end_matches([',', ';']).ends_with('Z');
+            let words: Vec<_> =
+                line.split(' ').map(|word| if is_time(word) { "TIME" } else { word }).collect();
+            log += &words.join(" ");
             log += "\n";
         }
         expect_test::expect![[r#"
             nothing | the TLS handshake failed: the other end showed no certificate | dial with a certificate of the role controller or operator, made by `millstream-agent pki issue`
-            millstream://controller/erik | the TLS handshake failed: the other end's certificate has expired: issue a new one | issue a new one with `millstream-agent pki issue`
+            millstream://controller/erik | the TLS handshake failed: the other end's certificate has expired: it was valid until TIME and the clock here says TIME issue a new one | issue a new one with `millstream-agent pki issue`
             millstream://controller/rita | the TLS handshake failed: the other end's certificate was revoked | issue a new one with `millstream-agent pki issue`
             millstream://controller/stan | the TLS handshake failed: the other end's certificate is not from the authority that was given: check that both ends use the same `ca.pem` | issue one in the directory of this agent's authority, or add the other authority to `authority` in agent.yaml
             millstream://agent/foo | the TLS handshake failed: the certificate is for no client | dial with a certificate of the role controller or operator: one of an agent is for its own port
