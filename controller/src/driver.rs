@@ -335,11 +335,12 @@ impl Driver {
             stream.exclusive() || others.iter().filter(|other| other.exclusive()).any(|other| there(&other));
         let waits = others.iter().filter(|other| other.wait().is_some()).filter(there);
         let wait = waits.filter_map(|other| other.wait()).chain(stream.wait()).max();
-        let wait = wait.unwrap_or(self.setup.link.wait);
+        let options = self.setup.link.of_host(wait, exclusive);
+        let wait = options.wait;
         let link = Link::start(
             Arc::clone(stream.reach()),
             self.setup.world.clone(),
-            LinkOptions { exclusive, wait, ..self.setup.link.clone() },
+            options,
             self.setup.sync.clone(),
             move |report| {
                 let letter = Input::Link { link: index, report };

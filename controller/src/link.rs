@@ -370,7 +370,8 @@ impl Loop {
                     begin = self.world.clock.now();
                     deadline = begin + limits::REACH_MAX;
                     (attempts, pause) = (0, limits::RECONNECT_PAUSE_MIN);
-                    let line = line.get_or_insert_with(|| Line::begin(begin, self.options.wait));
+                    let line = line
+                        .get_or_insert_with(|| Line::begin(begin, self.options.wait, self.options.in_block));
                     if let Some(why) = line.over(&place, &self.options.holdings, &why, begin) {
                         self.leave_line(control, session).await;
                         return Err(Break::Session { why, reason: Reason::Unreachable });

@@ -77,6 +77,7 @@ mod tests {
             lease: Duration::ZERO,
             exclusive,
             wait,
+            in_block: false,
             holdings: Arc::default(),
             client: String::new(),
         };

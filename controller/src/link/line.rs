@@ -56,6 +56,7 @@ impl Holdings {
 pub(super) struct Line {
     begin: Instant,
     wait: Duration,
+    in_block: bool,
     told: Option<Instant>,
 }
 
@@ -63,8 +64,8 @@ pub(super) struct Line {
 const TOLD_AGAIN: Duration = Duration::from_secs(60);
 
 impl Line {
-    pub(super) fn begin(now: Instant, wait: Duration) -> Self {
-        Self { begin: now, wait, told: None }
+    pub(super) fn begin(now: Instant, wait: Duration, in_block: bool) -> Self {
+        Self { begin: now, wait, in_block, told: None }
     }
 
     /// How long the host may keep the next call before it answers who has it.
@@ -77,8 +78,14 @@ impl Line {
     pub(super) fn over(&self, place: &str, holdings: &Holdings, why: &str, now: Instant) -> Option<String> {
         let waited = now.saturating_duration_since(self.begin);
         if waited >= self.wait {
+            let next_step = if self.in_block {
+                "A block waits no longer, whatever `wait` says, because its own test may be in the way of whom it waits for: run the \
+                 test when the host is free"
+            } else {
+                "Give the stream a longer `wait`, or run the test when the host is free"
+            };
             return Some(format!(
-                "{place} could not be had within {}: {why}. Give the stream a longer `wait`, or run the test when the host is free",
+                "{place} could not be had within {}: {why}. {next_step}",
                 spoken(self.wait)
             ));
         }
@@ -86,8 +93,8 @@ impl Line {
         (now.saturating_duration_since(since) >= limits::LINE_YIELD).then(|| {
             format!(
                 "{place} could not be had in {}: {why}. This test holds {held}, which others wait for: two tests that each wait \
-                 for what the other one holds would wait for ever. Have both hosts before anything begins: name their \
-                 streams in `take_together`, or define them as `exclusive`",
+                 for what the other one holds would wait for ever. Run it again, and have both hosts before anything begins: name \
+                 their streams in `take_together`, or define them as `exclusive`",
                 spoken(waited)
             )
         })

@@ -10,6 +10,7 @@ use std::{
 
 use millstream_common::{
     id::TaskId,
+    limits,
     outcome::{Phase, Reason, TaskEnd},
 };
 use millstream_proto::v1;
@@ -135,8 +136,40 @@ pub(crate) struct LinkOptions {
     pub(crate) exclusive: bool,
     /// How long it waits in line for a host that others have.
     pub(crate) wait: Duration,
+    /// Whether a block of another test asks. That test waits for the block, and may itself be in the way of whom it waits for: so it
+    /// waits for a moment only, whatever it is told.
+    pub(crate) in_block: bool,
     /// The hosts that the test holds.
     pub(crate) holdings: Arc<Holdings>,
     /// What the controller calls itself, for people.
     pub(crate) client: String,
+}
+
+impl LinkOptions {
+    /// The same for a host of which it is said how long to wait, and whether it is to be reserved.
+    pub(crate) fn of_host(&self, wait: Option<Duration>, exclusive: bool) -> Self {
+        let wait = wait.unwrap_or(self.wait);
+        let wait = if self.in_block { wait.min(limits::REACH_MAX) } else { wait };
+        Self { exclusive, wait, ..self.clone() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_block_never_waits_long_whatever_a_definition_says() {
+        let of = |in_block, said| {
+            let wait = limits::LINE_WAIT;
+            let (lease, holdings, client) = (limits::LEASE, Arc::default(), String::new());
+            LinkOptions { lease, exclusive: false, wait, in_block, holdings, client }
+                .of_host(said, false)
+                .wait
+        };
+        let (hour, moment) = (Duration::from_secs(3600), Duration::from_secs(1));
+        assert_eq!([of(false, None), of(false, Some(hour))], [limits::LINE_WAIT, hour]);
+        let block = [of(true, None), of(true, Some(hour)), of(true, Some(moment))];
+        assert_eq!(block, [limits::REACH_MAX, limits::REACH_MAX, moment]);
+    }
 }

@@ -356,8 +356,8 @@ impl StreamsBuilder {
             link: LinkOptions {
                 lease: self.lease,
                 exclusive: false,
-                // A block is waited for by the test that it belongs to, which may itself be in the way of whom it waits for.
-                wait: if inside.is_some() { wait.min(limits::REACH_MAX) } else { wait },
+                wait,
+                in_block: inside.is_some(),
                 holdings: Arc::default(),
                 client: client_name(&test),
             },

@@ -81,7 +81,7 @@ fn live(wishes: Vec<Vec<Wish>>, start: Instant) -> Option<(u32, usize)> {
             };
             match &party.line {
                 None => {
-                    party.line = Some(Line::begin(now, WAIT));
+                    party.line = Some(Line::begin(now, WAIT, false));
                     hosts[host].line.push_back((number, exclusive));
                 }
                 Some(line) => {
@@ -156,7 +156,7 @@ fn two_tests_with_opposite_orders_are_untied_by_the_one_that_waits_against_the_o
 #[test]
 fn nobody_gives_up_for_a_host_that_nobody_else_wants() {
     let (begin, holdings) = (beginning(), Holdings::default());
-    let line = Line::begin(begin, Duration::from_secs(600));
+    let line = Line::begin(begin, Duration::from_secs(600), false);
     holdings.hold("tls://b");
     let over =
         |seconds| line.over("tls://a", &holdings, "it is reserved", begin + Duration::from_secs(seconds));
@@ -176,4 +176,18 @@ fn nobody_gives_up_for_a_host_that_nobody_else_wants() {
     // What comes earlier in the order than the host that is waited for is in nobody's way for ever.
     holdings.wanted("tls://b", 1, begin);
     assert_eq!(line.over("tls://c", &holdings, "", begin + Duration::from_secs(300)), None);
+}
+
+#[test]
+fn a_block_is_told_why_it_waits_for_a_moment_only() {
+    let begin = Instant::now();
+    let line = Line::begin(begin, limits::REACH_MAX, true);
+    assert_eq!(line.over("tls://a", &Holdings::default(), "", begin + Duration::from_secs(29)), None);
+    let told =
+        line.over("tls://a", &Holdings::default(), "reserved by alice", begin + limits::REACH_MAX).unwrap();
+    assert_eq!(
+        told,
+        "tls://a could not be had within 30 s: reserved by alice. A block waits no longer, whatever `wait` says, because its own \
+         test may be in the way of whom it waits for: run the test when the host is free"
+    );
 }
