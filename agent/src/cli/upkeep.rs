@@ -73,7 +73,7 @@ pub(super) enum UpkeepError {
     },
     #[error("the agent ended while its sessions were waited for: it drains still when it is back")]
     Ended,
-    #[error("after {} {} still run; the agent goes on draining", humantime::format_duration(*patience), counted(*count, "session"))]
+    #[error("after {} there is still {} to go; the agent goes on draining", humantime::format_duration(*patience), counted(*count, "session"))]
     TimedOut { patience: Duration, count: usize },
     #[error("{} still there; end it by hand and say this again, or with `--force` if it does no harm", counted(*count, "thing"))]
     Unclean { count: usize },

@@ -28,6 +28,7 @@ mod ssh;
 mod static_agent;
 mod support;
 mod sync;
+mod terminal;
 mod tidy;
 mod trees;
 mod two_hosts;

@@ -55,7 +55,7 @@ fn a_host_is_drained_while_its_tasks_end_and_taken_back() {
             let impatient = say(&agent, &["drain", "--wait", "--timeout", "10ms", "--reason", "new memory"]);
             assert!(!impatient.status.success());
             assert!(
-                tools::both(&impatient).contains("after 10ms 1 session still run"),
+                tools::both(&impatient).contains("after 10ms there is still 1 session to go"),
                 "{}",
                 tools::both(&impatient)
             );
@@ -174,6 +174,7 @@ fn a_watched_agent_that_goes_away_is_shown_with_the_reason_until_it_is_back() {
     let mut next_with = |word: &str| {
         // Every change is a line: those of the same kind may be told more than once.
         let mut told = lines.by_ref().map(|line| line.unwrap());
+        let mut told = told.by_ref().inspect(|line| assert!(!line.contains('\x1b'), "{line:?}"));
         told.find(|line| line.contains(word)).unwrap_or_else(|| panic!("nothing is said of `{word}`"))
     };
     assert!(next_with("ready").starts_with(tools::text(&agent.socket())));

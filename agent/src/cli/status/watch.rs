@@ -1,5 +1,7 @@
 //! Agents over time: each change is shown as it is told, and an agent that goes away is looked for until it is back.
 
+mod screen;
+
 use std::time::Duration;
 
 use millstream_common::limits;
@@ -9,6 +11,7 @@ use tokio::{
     time::{sleep, timeout},
 };
 
+use self::screen::{Screen, Seen};
 use super::{
     Answer, AskError, StatusError, answer_json,
     hosts::Target,
@@ -18,10 +21,7 @@ use super::{
 
 /// Changes that wait to be shown: showing one takes no time.
 const CHANGES_COUNT_MAX: usize = 16;
-/// Goes to the upper left corner and clears what is below.
-const REDRAW: &str = "\x1b[H\x1b[2J";
-
-/// Shows changes until nobody reads them any more.
+/// Shows changes until nobody reads them any more, or on a terminal until somebody interrupts.
 pub(super) async fn run(
     targets: Vec<Target>,
     patience: Duration,
@@ -35,30 +35,53 @@ pub(super) async fn run(
     }
     drop(told);
     let mut answers: Vec<Option<Answer>> = names.iter().map(|_| None).collect();
-    while let Some((number, answer)) = changes.recv().await {
-        let is_old_news = match (&answers[number], &answer) {
-            (Some(Err(before)), Err(now)) => before.to_string() == now.to_string(),
-            _ => false,
+    let mut screen = if on_terminal && !json { Some(Screen::begin()?) } else { None };
+    loop {
+        let change = match &mut screen {
+            None => changes.recv().await.map(Some),
+            Some(screen) => tokio::select! {
+                change = changes.recv() => change.map(Some),
+                seen = screen.seen() => match seen {
+                    Seen::Resized => Some(None),
+                    Seen::Ended => None,
+                },
+            },
         };
-        if is_old_news {
-            continue;
-        }
-        let answer = answers[number].insert(answer);
-        let text = if json {
-            format!("{}\n", answer_json(&names[number], answer))
-        } else if !on_terminal {
-            format!("{}\n", row(&names[number], Some(answer)).join("  "))
-        } else if let [Some(Ok(status))] = answers.as_slice() {
-            format!("{REDRAW}{}", as_table(status))
-        } else {
-            let all = names.iter().map(String::as_str).zip(answers.iter().map(Option::as_ref));
-            format!("{REDRAW}{}", rows(all))
+        let Some(change) = change else { return Ok(()) };
+        let news = change.map(|(number, answer)| {
+            let is_news = is_news(answers[number].as_ref(), &answer);
+            answers[number] = Some(answer);
+            (number, is_news)
+        });
+        let read = match (&mut screen, news) {
+            (_, Some((_, false))) => true,
+            (Some(screen), _) => screen.show(&all(&names, &answers))?,
+            (None, Some((number, true))) => match &answers[number] {
+                Some(answer) if json => print(&format!("{}\n", answer_json(&names[number], answer)))?,
+                answer => print(&format!("{}\n", row(&names[number], answer.as_ref()).join("  ")))?,
+            },
+            (None, None) => true,
         };
-        if !print(&text)? {
-            break;
+        if !read {
+            return Ok(());
         }
     }
-    Ok(())
+}
+
+/// An agent that cannot be asked is told once.
+fn is_news(before: Option<&Answer>, now: &Answer) -> bool {
+    match (before, now) {
+        (Some(Err(before)), Err(now)) => before.to_string() != now.to_string(),
+        _ => true,
+    }
+}
+
+/// Everything that is known: one agent in full, many in a row each.
+fn all(names: &[String], answers: &[Option<Answer>]) -> String {
+    match answers {
+        [Some(Ok(status))] => as_table(status),
+        _ => rows(names.iter().map(String::as_str).zip(answers.iter().map(Option::as_ref))),
+    }
 }
 
 /// Tells every change of one agent, and when it cannot be asked.
