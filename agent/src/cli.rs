@@ -2,6 +2,7 @@
 
 mod board;
 mod dial;
+mod logs;
 mod pages;
 mod status;
 mod upkeep;
@@ -67,6 +68,8 @@ enum Command {
     Pki(Pki),
     /// Show what an agent does.
     Status(status::Status),
+    /// Show what a task prints.
+    Logs(logs::Logs),
     /// Show the barriers of a test that listens, and take a hand in them.
     Board(board::Board),
     /// Take no new sessions, and let those that are open go on to their end.
@@ -210,6 +213,8 @@ enum RunError {
     #[error(transparent)]
     Status(#[from] status::StatusError),
     #[error(transparent)]
+    Logs(#[from] logs::LogsError),
+    #[error(transparent)]
     Board(#[from] board::BoardError),
     #[error(transparent)]
     Upkeep(#[from] upkeep::UpkeepError),
@@ -241,6 +246,7 @@ pub fn run_as(build: Build) -> ExitCode {
         Command::Stdio(stdio) => stdio.run(),
         Command::Pki(pki) => pki.run(),
         Command::Status(status) => run_alone(status.run()),
+        Command::Logs(logs) => run_alone(logs.run()),
         Command::Board(board) => run_alone(board.run()),
         Command::Drain(drain) => run_alone(drain.run()),
         Command::Undrain(undrain) => run_alone(undrain.run()),
@@ -285,13 +291,17 @@ fn runtime(threads: usize) -> Result<tokio::runtime::Runtime, RunError> {
     builder.worker_threads(threads.max(1)).enable_all().build().map_err(system("start the runtime"))
 }
 
-/// Writes a line to standard output; a reader that has gone, such as `head`, is no error.
+/// Writes to standard output.
 fn print(text: &str) -> Result<(), RunError> {
-    match io::stdout().lock().write_all(text.as_bytes()) {
-        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
-            Err(system("write to standard output")(error))
-        }
-        _ => Ok(()),
+    print_on(io::stdout().lock(), text).map(drop).map_err(system("write to standard output"))
+}
+
+/// Writes at once. A reader that has gone, such as `head`, is no error: whether one is there still is the answer.
+fn print_on(mut output: impl io::Write, text: &str) -> io::Result<bool> {
+    match output.write_all(text.as_bytes()).and_then(|()| output.flush()) {
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(false),
+        Err(error) => Err(error),
     }
 }
 

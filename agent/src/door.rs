@@ -9,6 +9,7 @@ pub mod admission;
 mod finding;
 pub mod identity;
 mod ledger;
+mod log_tail;
 mod metrics;
 mod opening;
 mod refusals;

@@ -23,7 +23,10 @@ use self::{
     hosts::{HostsError, Target},
     shown::{as_json, as_table, rows},
 };
-use super::dial::{DialError, Dialling, SOCKET_VARIABLE};
+use super::{
+    dial::{DialError, Dialling, SOCKET_VARIABLE},
+    print_on,
+};
 use crate::config::UNIX_SOCKET;
 
 /// Agents that are asked at once.
@@ -167,12 +170,7 @@ fn answer_json(agent: &str, answer: &Answer) -> Value {
     }
 }
 
-/// Writes to standard output. A reader that has gone, such as `head`, is no error: whether one is there still is the answer.
+/// Writes to standard output; answers whether anybody reads it still.
 fn print(text: &str) -> Result<bool, StatusError> {
-    let mut output = io::stdout().lock();
-    match io::Write::write_all(&mut output, text.as_bytes()).and_then(|()| io::Write::flush(&mut output)) {
-        Ok(()) => Ok(true),
-        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(false),
-        Err(error) => Err(StatusError::Print(error)),
-    }
+    print_on(io::stdout().lock(), text).map_err(StatusError::Print)
 }

@@ -120,35 +120,56 @@ pub(crate) fn place_of(address: Option<SocketAddr>) -> String {
     address.map_or_else(|| "unix".to_owned(), |address| address.to_string())
 }
 
-/// May look.
-const LOOK: &[Role] = &[Role::Controller, Role::Operator];
-/// May run blocks.
-const RUN: &[Role] = &[Role::Controller];
-/// Keeps the host: no certificate may, however far away its holder is. Who could end this process anyway may.
-const KEEP: &[Role] = &[];
+/// What a call takes. Who could end this process anyway may make every one; an agent's certificate gives no right at all, it is
+/// useless as a client.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Right {
+    /// See who runs what.
+    Look,
+    /// See what is printed: of those who may look, only who is known by name.
+    Read,
+    /// Run blocks.
+    Run,
+    /// Keep the host: no certificate gives it, however far away its holder is.
+    Keep,
+}
 
-/// Which roles may make which call. An agent's certificate stands in no row: it is useless as a client.
-const TABLE: &[(&str, &[Role])] = &[
-    ("/grpc.health.v1.Health/Check", LOOK),
-    ("/grpc.health.v1.Health/Watch", LOOK),
-    ("/grpc.reflection.v1.ServerReflection/ServerReflectionInfo", LOOK),
-    ("/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo", LOOK),
-    ("/millstream.v1.AgentService/Clean", KEEP),
-    ("/millstream.v1.AgentService/CloseSession", RUN),
-    ("/millstream.v1.AgentService/Drain", KEEP),
-    ("/millstream.v1.AgentService/FetchArchive", RUN),
-    ("/millstream.v1.AgentService/FindMissingBlobs", RUN),
-    ("/millstream.v1.AgentService/GetStatus", LOOK),
-    ("/millstream.v1.AgentService/KeepSession", RUN),
-    ("/millstream.v1.AgentService/OpenSession", RUN),
-    ("/millstream.v1.AgentService/RelaySync", RUN),
-    ("/millstream.v1.AgentService/ReleaseTask", RUN),
-    ("/millstream.v1.AgentService/SignalTask", RUN),
-    ("/millstream.v1.AgentService/StartTask", RUN),
-    ("/millstream.v1.AgentService/Undrain", KEEP),
-    ("/millstream.v1.AgentService/UploadBlob", RUN),
-    ("/millstream.v1.AgentService/WatchStatus", LOOK),
-    ("/millstream.v1.AgentService/WatchTask", RUN),
+impl Right {
+    fn is_had_by(self, caller: &Caller) -> bool {
+        let looks = matches!(caller.role(), Role::Controller | Role::Operator);
+        caller.keeps_host()
+            || match self {
+                Self::Look => looks,
+                Self::Read => looks && matches!(caller, Caller::Certified(_)),
+                Self::Run => caller.role() == Role::Controller,
+                Self::Keep => false,
+            }
+    }
+}
+
+/// What each call takes.
+const TABLE: &[(&str, Right)] = &[
+    ("/grpc.health.v1.Health/Check", Right::Look),
+    ("/grpc.health.v1.Health/Watch", Right::Look),
+    ("/grpc.reflection.v1.ServerReflection/ServerReflectionInfo", Right::Look),
+    ("/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo", Right::Look),
+    ("/millstream.v1.AgentService/Clean", Right::Keep),
+    ("/millstream.v1.AgentService/CloseSession", Right::Run),
+    ("/millstream.v1.AgentService/Drain", Right::Keep),
+    ("/millstream.v1.AgentService/FetchArchive", Right::Run),
+    ("/millstream.v1.AgentService/FindMissingBlobs", Right::Run),
+    ("/millstream.v1.AgentService/GetStatus", Right::Look),
+    ("/millstream.v1.AgentService/KeepSession", Right::Run),
+    ("/millstream.v1.AgentService/OpenSession", Right::Run),
+    ("/millstream.v1.AgentService/ReadLog", Right::Read),
+    ("/millstream.v1.AgentService/RelaySync", Right::Run),
+    ("/millstream.v1.AgentService/ReleaseTask", Right::Run),
+    ("/millstream.v1.AgentService/SignalTask", Right::Run),
+    ("/millstream.v1.AgentService/StartTask", Right::Run),
+    ("/millstream.v1.AgentService/Undrain", Right::Keep),
+    ("/millstream.v1.AgentService/UploadBlob", Right::Run),
+    ("/millstream.v1.AgentService/WatchStatus", Right::Look),
+    ("/millstream.v1.AgentService/WatchTask", Right::Run),
 ];
 
 /// Why a call reaches no handler.
@@ -167,6 +188,15 @@ pub(crate) enum CallRefusal {
         caller: String,
         /// Its role.
         role: Role,
+    },
+    /// It takes more than to be on this host.
+    #[error(
+        "{caller} may see here who runs what, but not what is printed: use the Unix socket as root or as the user of the agent, or \
+         TLS with a certificate of the role operator or controller"
+    )]
+    Reader {
+        /// Who called.
+        caller: String,
     },
     /// No certificate may.
     #[error(
@@ -194,6 +224,7 @@ impl CallRefusal {
             Self::NoSuchCall => "no_such_call",
             Self::Unknown => "unknown",
             Self::Role { .. } => "role",
+            Self::Reader { .. } => "reader",
             Self::Keeper { .. } => "keeper",
         }
     }
@@ -205,7 +236,9 @@ impl From<CallRefusal> for Status {
         match refusal {
             CallRefusal::NoSuchCall => Self::unimplemented(message),
             CallRefusal::Unknown => Self::unauthenticated(message),
-            CallRefusal::Role { .. } | CallRefusal::Keeper { .. } => Self::permission_denied(message),
+            CallRefusal::Role { .. } | CallRefusal::Reader { .. } | CallRefusal::Keeper { .. } => {
+                Self::permission_denied(message)
+            }
         }
     }
 }
@@ -214,12 +247,16 @@ impl From<CallRefusal> for Status {
 pub(crate) fn authorise(path: &str, caller: Option<&Caller>) -> Result<(), CallRefusal> {
     let caller = caller.ok_or(CallRefusal::Unknown)?;
     let row = TABLE.binary_search_by(|(known, _)| (*known).cmp(path)).map_err(|_| CallRefusal::NoSuchCall)?;
-    let (role, allowed) = (caller.role(), TABLE[row].1);
-    if allowed.contains(&role) || caller.keeps_host() {
+    let right = TABLE[row].1;
+    if right.is_had_by(caller) {
         return Ok(());
     }
-    let caller = caller.to_string();
-    Err(if allowed.is_empty() { CallRefusal::Keeper { caller } } else { CallRefusal::Role { caller, role } })
+    let (role, caller) = (caller.role(), caller.to_string());
+    Err(match right {
+        Right::Keep => CallRefusal::Keeper { caller },
+        Right::Read if role == Role::Operator => CallRefusal::Reader { caller },
+        Right::Look | Right::Read | Right::Run => CallRefusal::Role { caller, role },
+    })
 }
 
 /// Who makes a request that has passed [`Authorise`].
@@ -330,7 +367,7 @@ mod tests {
         let rows: BTreeSet<String> = TABLE.iter().map(|(path, _)| (*path).to_owned()).collect();
         assert_eq!(rows, calls);
         assert_eq!(rows.len(), TABLE.len(), "a row stands twice");
-        assert!(TABLE.is_sorted(), "the table is searched by halves");
+        assert!(TABLE.is_sorted_by_key(|(path, _)| path), "the table is searched by halves");
     }
 
     #[test]
@@ -343,8 +380,12 @@ mod tests {
             assert_eq!(authorise(path, Some(&Caller::Local { uid: 0 })), Ok(()), "{path}");
             assert_eq!(authorise(path, Some(&Caller::Starter)), Ok(()), "{path}");
             let looks = reads.iter().any(|read| path.contains(read));
-            assert_eq!(authorise(path, Some(&identity(Role::Operator))).is_ok(), looks, "{path}");
-            assert_eq!(authorise(path, Some(&Caller::Loopback)).is_ok(), looks, "{path}");
+            let reads_logs = path.ends_with("/ReadLog");
+            let operator = authorise(path, Some(&identity(Role::Operator)));
+            assert_eq!(operator.is_ok(), looks || reads_logs, "{path}");
+            for nameless in [Caller::Loopback, Caller::Local { uid: 4_294_967_294 }] {
+                assert_eq!(authorise(path, Some(&nameless)).is_ok(), looks, "{path}");
+            }
             assert!(authorise(path, Some(&identity(Role::Agent))).is_err(), "{path}");
             assert_eq!(authorise(path, None), Err(CallRefusal::Unknown));
         }
@@ -376,6 +417,12 @@ mod tests {
             refusal.to_string(),
             "millstream://operator/x has the role operator here, which may not make this call: use a certificate of the \
              role controller"
+        );
+        let refusal = authorise("/millstream.v1.AgentService/ReadLog", Some(&Caller::Loopback)).unwrap_err();
+        assert_eq!(
+            refusal.to_string(),
+            "somebody on this host may see here who runs what, but not what is printed: use the Unix socket as root or as the user \
+             of the agent, or TLS with a certificate of the role operator or controller"
         );
         let refusal =
             authorise("/millstream.v1.AgentService/Drain", Some(&identity(Role::Controller))).unwrap_err();

@@ -208,7 +208,7 @@ fn counted(shared: &Shared, page: &mut Page) {
     page.counters("sessions_refused_total", help, "reason", SESSION_REFUSALS, of(Count::SessionsRefused));
     let help = "Connections that were sent away: how far they came.";
     page.counters("peers_refused_total", help, "reason", PEER_REFUSALS, of(Count::PeersRefused));
-    let help = "Calls that were refused: for keepers of the host only, no such call, not the caller's session, the role may not, unknown caller.";
+    let help = "Calls that were refused: for keepers of the host only, no such call, not the caller's session, not for everybody on the host, the role may not, unknown caller.";
     page.counters("calls_refused_total", help, "reason", CALL_REFUSALS, of(Count::CallsRefused));
     let accepted = counts.of(Count::TasksAccepted, "");
     page.counter("tasks_accepted_total", "Tasks that were taken in.", accepted);

@@ -38,6 +38,7 @@ use super::{
     Shared,
     identity::{Caller, Peer, caller_of, peer_of},
     ledger::counts::VERSION_REFUSAL,
+    log_tail,
     supervisors::Supervised,
     survivors::Survivor,
     uploads::{self, ArchivePieces},
@@ -104,7 +105,7 @@ fn invalid(error: &ConvertError) -> Status {
     Status::invalid_argument(error.to_string())
 }
 
-fn field(name: &str, problem: &str) -> Status {
+pub(super) fn field(name: &str, problem: &str) -> Status {
     Status::invalid_argument(format!("{name}: {problem}"))
 }
 
@@ -121,7 +122,7 @@ fn secret_in(name: &str, text: &str) -> Result<Secret, Status> {
     Secret::parse(text).ok_or_else(|| field(name, "is not 32 lower-case hexadecimal digits"))
 }
 
-fn task_in(name: &str, text: &str) -> Result<TaskId, Status> {
+pub(super) fn task_in(name: &str, text: &str) -> Result<TaskId, Status> {
     convert::id_in(name, text).map_err(|error| invalid(&error))
 }
 
@@ -285,6 +286,16 @@ impl AgentService for Service {
             }
         });
         Ok(Response::new(Box::pin(ReceiverStream::new(answers))))
+    }
+
+    type ReadLogStream = Answers<v1::ReadLogResponse>;
+
+    async fn read_log(
+        &self,
+        request: Request<v1::ReadLogRequest>,
+    ) -> Result<Response<Self::ReadLogStream>, Status> {
+        let lines = log_tail::read(&self.shared, &request.into_inner())?;
+        Ok(Response::new(Box::pin(ReceiverStream::new(lines))))
     }
 
     async fn open_session(
@@ -578,6 +589,6 @@ async fn hand_out(mut pieces: ArchivePieces, sender: mpsc::Sender<Result<v1::Fet
     }
 }
 
-fn unknown_task(task: TaskId) -> Status {
+pub(super) fn unknown_task(task: TaskId) -> Status {
     Status::not_found(format!("task {task} is not known here: it was never started, or it was released"))
 }

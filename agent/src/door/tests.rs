@@ -21,6 +21,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use tonic::{Code, transport::Channel};
 
+mod log;
 mod records;
 mod upkeep;
 mod waiting;

@@ -91,7 +91,7 @@ fn end(supervised: &Supervised, task: TaskId, end: &v1::TaskEnd) -> v1::TaskEven
     event(task, Event::End(end))
 }
 
-fn damaged(task: TaskId, error: &io::Error) -> Status {
+pub(super) fn damaged(task: TaskId, error: &io::Error) -> Status {
     error!(%task, %error, "output cannot be read");
     Status::data_loss(format!(
         "the output of task {task} cannot be read: {}",
@@ -317,6 +317,8 @@ impl TaskWatcher {
 }
 
 /// Runs what reads from disk where it may block.
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> io::Result<T> + Send + 'static) -> io::Result<T> {
+pub(super) async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> io::Result<T> + Send + 'static,
+) -> io::Result<T> {
     tokio::task::spawn_blocking(work).await.map_err(io::Error::other)?
 }

@@ -61,7 +61,8 @@ impl Counts {
 pub(crate) const PEER_REFUSALS: &[&str] =
     &["broken", "handshake", "identity", "no_credentials", "not_http2", "not_taken", "too_many", "too_slow"];
 /// Words of [`Count::CallsRefused`].
-pub(crate) const CALL_REFUSALS: &[&str] = &["keeper", "no_such_call", "not_yours", "role", "unknown"];
+pub(crate) const CALL_REFUSALS: &[&str] =
+    &["keeper", "no_such_call", "not_yours", "reader", "role", "unknown"];
 /// Words of [`Count::TasksRefused`].
 pub(crate) const TASK_REFUSALS: &[&str] = &["share_used_up"];
 /// Words of [`Count::SessionsEnded`].

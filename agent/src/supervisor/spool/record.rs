@@ -18,6 +18,9 @@ pub(super) const RECORD_HEADER_BYTES: usize = 28;
 pub const RECORD_BYTES_MAX: usize = RECORD_HEADER_BYTES + limits::CHUNK_BYTES;
 /// Set in a record's flags when its data is the count of bytes that are missing, not output.
 const FLAG_SKIPPED: u8 = 1;
+/// Bytes of which checksums are made to find the last records: all that is looked through, many times over.
+const CHECKED_BYTES_MAX: usize = 16 * 1024 * 1024;
+
 /// What a spool file holds instead of the record that was expected. Found inside an [`io::Error`] of kind `InvalidData`.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("the log `{}` is damaged at byte {position}: {what}; its task's output cannot be read any further", path.display())]
@@ -136,6 +139,41 @@ impl SpoolReader {
             at = end;
         }
         Ok((records, position + length_u64(at)))
+    }
+
+    /// A position from which the last records can be read, at most `max_bytes` before `limit`: the first that a chain of sound
+    /// records leads from to `limit`. It is `limit` itself when not even one record fits.
+    ///
+    /// Records do not say where the one before them begins, so that the chain is looked for from its end. What a block prints may
+    /// look like records, too; that costs no more than some of its own lines, and a bounded time.
+    ///
+    /// # Errors
+    /// When the file cannot be read.
+    pub fn last_records(&self, limit: u64, max_bytes: usize) -> io::Result<u64> {
+        let first = length_u64(HEADER.len());
+        let begin = limit.saturating_sub(length_u64(max_bytes)).max(first);
+        if begin == first {
+            return Ok(first);
+        }
+        let buffer = self.read_bytes(begin, usize::try_from(limit - begin).unwrap_or(max_bytes))?;
+        let mut leads_to_end = vec![false; buffer.len() + 1];
+        leads_to_end[buffer.len()] = true;
+        let (mut found, mut left) = (buffer.len(), CHECKED_BYTES_MAX);
+        for at in (0..=buffer.len().saturating_sub(RECORD_HEADER_BYTES)).rev() {
+            let Some(header) = buffer[at..].first_chunk() else { continue };
+            let Ok((record, expected)) = RecordHeader::decode(header) else { continue };
+            let data_at = at + RECORD_HEADER_BYTES;
+            let end = data_at + record.length;
+            if end > buffer.len() || !leads_to_end[end] || record.length >= left {
+                continue;
+            }
+            left -= record.length;
+            if checksum(&buffer[at..data_at - 4], &buffer[data_at..end]) == expected {
+                leads_to_end[at] = true;
+                found = at;
+            }
+        }
+        Ok(begin + length_u64(found))
     }
 
     /// The record that begins `at` in the buffer, which was read from `position`, and where it ends; none when it does not

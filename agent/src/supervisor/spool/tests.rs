@@ -65,6 +65,28 @@ fn what_is_announced_can_be_read_while_more_is_written() {
 }
 
 #[test]
+fn the_last_records_are_found_from_the_end_whatever_is_printed() {
+    let (dir, mut writer) = spool(LARGE);
+    let mut boundaries = vec![16];
+    for number in 0..400_u32 {
+        // What looks like a record, in the middle of one.
+        let header =
+            RecordHeader { length: 3, channel: LogChannel::Stdout, skipped: false, offset: 7, time_ns: 9 };
+        let forged = [&number.to_le_bytes()[..], &header.encode(b"abc"), b"abc", &[1; 90]].concat();
+        boundaries.push(writer.append(LogChannel::Stderr, number.into(), &forged).unwrap());
+    }
+    let limit = writer.position();
+    let reader = SpoolReader::open(dir.path().join("spool")).unwrap();
+    for window in [0, 20, 153, 154, 1_000, 20_000] {
+        let found = reader.last_records(limit, window).unwrap();
+        let first = boundaries.iter().copied().find(|at| limit - at <= window as u64);
+        assert_eq!(Some(found), first, "{window}");
+    }
+    assert_eq!(reader.last_records(limit, 1 << 20).unwrap(), 16);
+    assert_eq!(reader.last_records(boundaries[7], 306).unwrap(), boundaries[5]);
+}
+
+#[test]
 fn a_record_that_does_not_fit_is_left_for_a_larger_read() {
     let (dir, mut writer) = spool(LARGE);
     let position = writer.append(LogChannel::Stdout, 1, &[7; 1000]).unwrap();

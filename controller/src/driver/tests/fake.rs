@@ -207,6 +207,7 @@ impl AgentService for Fake {
     type WatchTaskStream = Answers<v1::WatchTaskResponse>;
     type FetchArchiveStream = Answers<v1::FetchArchiveResponse>;
     type RelaySyncStream = Answers<v1::RelaySyncResponse>;
+    type ReadLogStream = Answers<v1::ReadLogResponse>;
 
     async fn get_status(
         &self,
@@ -219,6 +220,13 @@ impl AgentService for Fake {
         &self,
         _: Request<v1::WatchStatusRequest>,
     ) -> Result<Response<Self::WatchStatusStream>, Status> {
+        Err(Status::unimplemented("not here"))
+    }
+
+    async fn read_log(
+        &self,
+        _: Request<v1::ReadLogRequest>,
+    ) -> Result<Response<Self::ReadLogStream>, Status> {
         Err(Status::unimplemented("not here"))
     }
 
