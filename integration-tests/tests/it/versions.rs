@@ -1,4 +1,6 @@
 //! Ends that are not of one build: what both have works, and what one lacks is said before anything of it runs.
+//!
+//! With builds that really are older: `integration-tests/previous`.
 
 use std::fs;
 
