@@ -13,10 +13,13 @@ use std::{
         unix::ffi::OsStrExt as _,
     },
     path::{Path, PathBuf},
+    sync::atomic::{AtomicBool, Ordering},
 };
 
 use rustix::{
-    fs::{AtFlags, CWD, Dir, FileType, Mode, OFlags, StatxFlags, openat, statx, unlinkat},
+    fs::{
+        AtFlags, CWD, Dir, FileType, Mode, OFlags, StatxFlags, fstat, major, minor, openat, statx, unlinkat,
+    },
     io::Errno,
     mount::{UnmountFlags, unmount},
 };
@@ -103,7 +106,19 @@ struct Place {
 
 impl Place {
     fn of(directory: BorrowedFd<'_>) -> rustix::io::Result<Self> {
-        let found = statx(directory, c"", AtFlags::EMPTY_PATH, StatxFlags::INO | StatxFlags::MNT_ID)?;
+        // Once is enough to know that a kernel is older than Linux 4.11.
+        static LACKS_STATX: AtomicBool = AtomicBool::new(false);
+        if LACKS_STATX.load(Ordering::Relaxed) {
+            return Self::by_device(directory);
+        }
+        let wanted = StatxFlags::INO | StatxFlags::MNT_ID;
+        let found = match statx(directory, c"", AtFlags::EMPTY_PATH, wanted) {
+            Err(Errno::NOSYS) => {
+                LACKS_STATX.store(true, Ordering::Relaxed);
+                return Self::by_device(directory);
+            }
+            found => found?,
+        };
         let device = (u64::from(found.stx_dev_major) << 32) | u64::from(found.stx_dev_minor);
         // Before Linux 5.8 there are no mount numbers: the device tells all mounts apart but those of the same device.
         let has_mount = StatxFlags::from_bits_retain(found.stx_mask).contains(StatxFlags::MNT_ID);
@@ -111,6 +126,13 @@ impl Place {
             inode: (found.stx_dev_major, found.stx_dev_minor, found.stx_ino),
             mount: if has_mount { found.stx_mnt_id } else { device },
         })
+    }
+
+    /// For kernels that number no mounts.
+    fn by_device(directory: BorrowedFd<'_>) -> rustix::io::Result<Self> {
+        let found = fstat(directory)?;
+        let inode = (major(found.st_dev), minor(found.st_dev), found.st_ino);
+        Ok(Self { inode, mount: found.st_dev })
     }
 }
 

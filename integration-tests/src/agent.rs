@@ -114,11 +114,25 @@ impl Agent {
     /// When it does not start; the message has its log.
     #[must_use]
     pub fn start_of_another_build(directory: &Path, build: &str) -> Self {
+        let mut command = Command::new(tools::beside_this_program("agent-of-another-build"));
+        Self::start_command(command.env("MILLSTREAM_TEST_BUILD", build), directory)
+    }
+
+    /// As [`Agent::start_on_socket`], with calls refused to it as an old kernel does (`below-an-old-kernel`).
+    ///
+    /// # Panics
+    /// When it does not start; the message has its log.
+    #[must_use]
+    pub fn start_below_an_old_kernel(directory: &Path, program: &Path) -> Self {
+        let mut command = Command::new(tools::beside_this_program("below-an-old-kernel"));
+        Self::start_command(command.arg(program), directory)
+    }
+
+    fn start_command(command: &mut Command, directory: &Path) -> Self {
         fs::create_dir_all(directory).expect("the test's directory can be written");
         fs::write(directory.join("agent.yaml"), on_socket_alone(directory))
             .expect("the test's directory can be written");
-        let mut program = Command::new(tools::beside_this_program("agent-of-another-build"));
-        let child = launch_program(program.env("MILLSTREAM_TEST_BUILD", build), None, directory);
+        let child = launch_program(command, None, directory);
         Self { child, address: NOWHERE, directory: directory.to_path_buf() }
     }
 

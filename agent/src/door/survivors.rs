@@ -1,20 +1,19 @@
 //! What ended sessions have left behind on this host: found, described, watched until it is gone.
 //!
-//! The kernel tells when a process ends: nothing here polls. Whether a host with survivors may still be shared or reserved is
+//! The kernel tells when a process ends, and nothing here polls; but kernels before Linux 5.3 do not. Whether a host with survivors may still be shared or reserved is
 //! decided by the machine of sessions; who may say that they do no harm, in [`super::upkeep`].
 
-use std::{collections::BTreeMap, fs, io, os::fd::OwnedFd, path::Path, time::Duration};
+use std::{collections::BTreeMap, fs, io, path::Path, time::Duration};
 
 use millstream_common::{id::TaskId, text::printable};
 use millstream_proto::v1;
-use rustix::process::{Signal, pidfd_send_signal};
 use serde::{Deserialize, Serialize};
-use tokio::{io::Interest, time::timeout};
+use tokio::time::timeout;
 
 use super::supervisors::{SessionDirectory, Supervised};
 use crate::supervisor::{
-    cgroup::{describe, find_marked, mark_of, open_process},
-    process::watch,
+    cgroup::{describe, find_marked, mark_of},
+    stranger::{Stranger, start_ticks},
 };
 
 /// Longest description of one of them.
@@ -79,10 +78,10 @@ impl Survivor {
         same_process && (self.pid > 0 || same_words)
     }
 
-    /// A descriptor that means this very process, if it is still there.
-    fn process(&self) -> Option<OwnedFd> {
-        // Opened before it is looked at: whoever is found by this number then is whom the descriptor means.
-        let process = open_process(self.pid)?;
+    /// This very process, if it is still there.
+    fn process(&self) -> Option<Stranger> {
+        // Held before it is looked at: whoever was started then is who is held.
+        let process = Stranger::find(self.pid)?;
         (start_ticks(self.pid) == Some(self.start_ticks)).then_some(process)
     }
 
@@ -98,41 +97,19 @@ impl Survivor {
     pub(crate) async fn end(&self) {
         if let Some(process) = self.process() {
             // What cannot be killed now is waited for all the same.
-            let _refused: Result<(), _> = pidfd_send_signal(&process, Signal::KILL);
-            wait_for(process).await;
+            let _refused: io::Result<()> = process.kill();
+            process.gone().await;
         }
     }
 
     /// Done when the process is gone; never for anything else.
     pub(crate) async fn gone(&self) {
         match self.process() {
-            Some(process) => wait_for(process).await,
+            Some(process) => process.gone().await,
             None if self.pid == 0 => std::future::pending().await,
             None => {}
         }
     }
-}
-
-async fn wait_for(process: OwnedFd) {
-    match watch(process, Interest::READABLE) {
-        // A process that has ended makes its descriptor readable, once and for all.
-        Ok(process) => drop(process.readable().await),
-        Err(error) => {
-            tracing::warn!(%error, "a process cannot be watched");
-            std::future::pending().await
-        }
-    }
-}
-
-/// When a living process was started; none for one that has ended, though nobody has reaped it.
-fn start_ticks(pid: u32) -> Option<u64> {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // The name before it may hold anything.
-    let mut fields = stat.rsplit_once(") ")?.1.split(' ');
-    if matches!(fields.next()?, "Z" | "X") {
-        return None;
-    }
-    fields.nth(18)?.parse().ok()
 }
 
 /// Processes of a session that is over, and whatever else was told. `told` is what its supervisor could not end, as text: a

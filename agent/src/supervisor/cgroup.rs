@@ -22,15 +22,15 @@ use std::{
 use millstream_common::limits::SESSION_TASKS_COUNT_MAX;
 use rustix::{
     fs::{Mode, OFlags},
-    process::{Signal, pidfd_send_signal},
+    process::Signal,
 };
 use tokio::io::Interest;
 
 pub(crate) use self::{
     limits::{LimitGroups, open_join},
-    marked::{describe, find_marked, kill_marked, mark_of, open_process},
+    marked::{describe, find_marked, mark_of},
 };
-use super::process::watch;
+use super::{kernel::kernel, process::watch, stranger::Stranger};
 
 /// Processes that are named in a record; all are counted.
 pub(crate) const LEAKED_NAMED_MAX: usize = 64;
@@ -40,7 +40,8 @@ const KILL_PASSES_MAX: usize = 1_000;
 /// Where this process stands in the control groups of its host.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Hierarchies {
-    /// Directory of our own group of version 2, or of the one that we were told to use instead.
+    /// Directory of our own group of version 2, or of the one that we were told to use instead, where processes can be born
+    /// in groups.
     pub(crate) unified: Option<PathBuf>,
     /// Directories of our own groups of version 1: memory, pids, cpu.
     memory: Option<PathBuf>,
@@ -93,6 +94,9 @@ impl Hierarchies {
         let mounts = read("/proc/self/mountinfo");
         let mut found = Self::parse(&mounts, &read("/proc/self/cgroup"));
         found.unified = home::told(&mounts).or(found.unified).filter(|path| is_writable(path));
+        if !kernel().has_births_in_groups {
+            found.unified = None;
+        }
         for group in [&mut found.memory, &mut found.pids, &mut found.cpu] {
             *group = group.take().filter(|path| is_writable(path));
         }
@@ -295,10 +299,11 @@ impl Group {
     pub(crate) fn signal(&self, signal: Signal) -> usize {
         let processes = self.processes();
         for &pid in &processes {
-            let Some(pidfd) = open_process(pid) else { continue };
-            // It is still the one that was listed only if it is listed now that the descriptor holds it.
+            let Some(process) = Stranger::find(pid) else { continue };
+            // It is still the one that was listed only if it is listed now that it is held.
             if self.processes().contains(&pid) {
-                let _gone: Result<(), _> = pidfd_send_signal(&pidfd, signal);
+                // Who cannot be killed is looked at again, and reported in the end.
+                let _refused: io::Result<()> = process.signal(signal);
             }
         }
         processes.len()

@@ -1,8 +1,9 @@
 //! Spawns, signals and reaps the first process of a phase.
 //!
-//! A process is made by one `clone3` that returns a descriptor for it and lets it be born inside its control group. From
-//! then on it is named by that descriptor alone, so that no signal can ever reach a stranger with a recycled number.
-//! Nothing here knows of a task, a log or a tree.
+//! A process is made by one `clone3` that returns a descriptor for it and lets it be born inside its control group. Signals
+//! go by that descriptor. A kernel without ([`super::kernel`]) gives a number alone, which is as good until the process is
+//! reaped: before, nobody else can have it, and afterwards nothing here uses it. Nothing here knows of a task, a log or a
+//! tree.
 
 mod child;
 
@@ -17,12 +18,16 @@ use std::{
 use millstream_common::{outcome::Exit, outcome::Reason, spec::OutputDescriptors, text::printable};
 use rustix::{
     pipe::{PipeFlags, pipe_with},
-    process::{WaitId, WaitIdOptions, waitid},
+    process::{Pid, WaitId, WaitIdOptions, WaitIdStatus, waitid},
 };
 use serde::{Deserialize, Serialize};
 use tokio::io::{Interest, unix::AsyncFd};
 
-use super::{account::Account, task::Refusal};
+use super::{
+    account::Account,
+    kernel::{Kernel, kernel},
+    task::Refusal,
+};
 use child::{Image, make};
 
 /// Where programs are looked up when the task has no `PATH`.
@@ -135,22 +140,26 @@ impl Launch {
 #[derive(Debug)]
 pub(crate) struct Process {
     pid: u32,
-    pidfd: OwnedFd,
+    /// None where the kernel cannot give it; then the end is told by SIGCHLD.
+    pidfd: Option<OwnedFd>,
     report: OwnedFd,
     gate: Option<OwnedFd>,
     reaped: bool,
 }
 
 impl AsFd for Process {
-    /// Readable when the process has ended.
+    /// Readable when the process has ended: for one that was born in a group.
+    ///
+    /// # Panics
+    /// For one that was made where no process can be born in a group.
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.pidfd.as_fd()
+        self.pidfd.as_ref().expect("who can be born in a group has a descriptor").as_fd()
     }
 }
 
 impl AsRawFd for Process {
     fn as_raw_fd(&self) -> RawFd {
-        self.pidfd.as_raw_fd()
+        self.as_fd().as_raw_fd()
     }
 }
 
@@ -176,14 +185,18 @@ impl Process {
         if self.reaped {
             return Ok(());
         }
-        match send(self.pidfd.as_fd(), signal, PIDFD_SIGNAL_PROCESS_GROUP) {
-            // An older kernel knows no groups by descriptor, but the number is not reused before we have reaped it.
-            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => signal_group(self.pid, signal),
-            other => other,
+        match &self.pidfd {
+            None => signal_group(self.pid, signal),
+            Some(pidfd) => match send(pidfd.as_fd(), signal, PIDFD_SIGNAL_PROCESS_GROUP) {
+                // Before Linux 6.9 no group is known by a descriptor.
+                Err(error) if error.raw_os_error() == Some(libc::EINVAL) => signal_group(self.pid, signal),
+                other => other,
+            },
         }
-        .or_else(|error| match error.raw_os_error() {
+        .or_else(|error| match (error.raw_os_error(), &self.pidfd) {
             // It is so young that it leads no group yet, or so old that nobody is left in it.
-            Some(libc::ESRCH) => send(self.pidfd.as_fd(), signal, 0),
+            (Some(libc::ESRCH), Some(pidfd)) => send(pidfd.as_fd(), signal, 0),
+            (Some(libc::ESRCH), None) => signal_one(self.pid, signal),
             _ => Err(error),
         })
         .or_else(|error| if error.raw_os_error() == Some(libc::ESRCH) { Ok(()) } else { Err(error) })
@@ -197,12 +210,22 @@ impl Process {
         if self.reaped {
             return Ok(None);
         }
-        let status =
-            waitid(WaitId::PidFd(self.pidfd.as_fd()), WaitIdOptions::EXITED | WaitIdOptions::NOHANG)?;
-        let Some(status) = status else { return Ok(None) };
+        let Some(status) = self.look(WaitIdOptions::empty())? else { return Ok(None) };
         self.reaped = true;
         let signal = status.terminating_signal().map(Exit::Signal);
         Ok(Some(signal.unwrap_or_else(|| Exit::Code(status.exit_status().unwrap_or(-1)))))
+    }
+
+    /// Whether it has ended and was not reaped.
+    pub(crate) fn has_ended(&self) -> bool {
+        !self.reaped && self.look(WaitIdOptions::NOWAIT).is_ok_and(|status| status.is_some())
+    }
+
+    /// How it ended, if it has. Only before it is reaped: until then its number is nobody else's.
+    fn look(&self, how: WaitIdOptions) -> io::Result<Option<WaitIdStatus>> {
+        let number = i32::try_from(self.pid).ok().and_then(Pid::from_raw);
+        let number = number.ok_or(io::ErrorKind::InvalidInput)?;
+        Ok(waitid(WaitId::Pid(number), WaitIdOptions::EXITED | WaitIdOptions::NOHANG | how)?)
     }
 
     /// After its end: why its program could not be started, if it could not.
@@ -319,12 +342,21 @@ pub(crate) fn spawn(
     channels: Channels<'_>,
     placement: Placement<'_>,
 ) -> Result<Process, SpawnError> {
+    spawn_on(kernel(), launch, channels, placement)
+}
+
+fn spawn_on(
+    kernel: &Kernel,
+    launch: &Launch,
+    channels: Channels<'_>,
+    placement: Placement<'_>,
+) -> Result<Process, SpawnError> {
     let pipe = || pipe_with(PipeFlags::CLOEXEC).map_err(|error| SpawnError::Pipe(error.into()));
     let (report, report_end) = pipe()?;
     let gate = launch.held.then(pipe).transpose()?;
     let joins = placement.joins.iter().map(AsRawFd::as_raw_fd).collect();
     let image = Image::new(launch, channels, joins, &report_end, gate.as_ref().map(|(end, _)| end))?;
-    let (pid, pidfd) = make(&image, placement.cgroup).map_err(SpawnError::Clone)?;
+    let (pid, pidfd) = make(&image, placement.cgroup, kernel).map_err(SpawnError::Clone)?;
     Ok(Process { pid, pidfd, report, gate: gate.map(|(_, gate)| gate), reaped: false })
 }
 
@@ -355,11 +387,21 @@ fn send(pidfd: BorrowedFd<'_>, signal: c_int, flags: u32) -> io::Result<()> {
 }
 
 /// Only for a group whose leader was not reaped: its number cannot mean anybody else.
-#[expect(unsafe_code, reason = "the signal may be any number, which rustix does not take")]
 fn signal_group(leader: u32, signal: c_int) -> io::Result<()> {
     let Ok(leader @ 2..) = i32::try_from(leader) else { return Ok(()) };
+    signal_number(-leader, signal)
+}
+
+/// Only for a process that was not reaped: its number cannot mean anybody else.
+fn signal_one(pid: u32, signal: c_int) -> io::Result<()> {
+    let Ok(pid @ 2..) = i32::try_from(pid) else { return Ok(()) };
+    signal_number(pid, signal)
+}
+
+#[expect(unsafe_code, reason = "the signal may be any number, which rustix does not take")]
+fn signal_number(number: c_int, signal: c_int) -> io::Result<()> {
     // SAFETY: only numbers are passed.
-    if unsafe { libc::kill(-leader, signal) } == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    if unsafe { libc::kill(number, signal) } == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
 #[cfg(test)]

@@ -222,25 +222,15 @@ impl Shim {
 
     fn run(&mut self) -> io::Result<()> {
         loop {
-            let none = self.null.as_fd();
-            let (orders, children, process) = {
-                let process = self.process.as_ref().map_or(none, |process| process.as_fd());
-                let wanted = if self.process.is_some() { PollFlags::IN } else { PollFlags::empty() };
-                let mut polled = [
-                    PollFd::new(&self.orders, PollFlags::IN),
-                    PollFd::new(&self.children, PollFlags::IN),
-                    PollFd::from_borrowed_fd(process, wanted),
-                ];
+            let [orders, children] = {
+                let mut polled =
+                    [PollFd::new(&self.orders, PollFlags::IN), PollFd::new(&self.children, PollFlags::IN)];
                 match poll(&mut polled, None) {
                     Err(rustix::io::Errno::INTR) => continue,
                     other => other?,
                 };
-                let ready = polled.map(|polled| !polled.revents().is_empty());
-                (ready[0], ready[1], ready[2] && self.process.is_some())
+                polled.map(|polled| !polled.revents().is_empty())
             };
-            if process {
-                self.reap_process()?;
-            }
             if children {
                 self.reap_children()?;
             }
@@ -332,18 +322,14 @@ impl Shim {
                 Err(rustix::io::Errno::INTR) => {}
                 Err(error) => return Err(error.into()),
                 Ok(None) => return Ok(true),
-                Ok(Some(_)) if self.process_has_ended() => self.reap_process()?,
+                Ok(Some(_)) if self.process.as_ref().is_some_and(Process::has_ended) => {
+                    self.reap_process()?
+                }
                 Ok(Some(_)) => {
                     let _reaped = waitid(WaitId::All, WaitIdOptions::EXITED | WaitIdOptions::NOHANG)?;
                 }
             }
         }
-    }
-
-    fn process_has_ended(&self) -> bool {
-        let Some(process) = &self.process else { return false };
-        let mut polled = [PollFd::new(process, PollFlags::IN)];
-        poll(&mut polled, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })).is_ok_and(|ready| ready > 0)
     }
 
     /// Kills everything, until nobody is left or patience is.

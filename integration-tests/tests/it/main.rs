@@ -20,6 +20,7 @@ mod lab;
 mod logs;
 mod look;
 mod nested;
+mod old_kernel;
 mod on_demand;
 mod operating;
 mod sharing;

@@ -1,18 +1,13 @@
 //! Processes in words, and those that bear the mark of a task, wherever they are.
 
-use std::{fs, os::fd::OwnedFd};
+use std::fs;
 
 use millstream_common::{outcome::LeakedProcess, text::printable};
-use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+
+use crate::supervisor::stranger::Stranger;
 
 /// Command line of a process.
 const COMMAND_BYTES_MAX: usize = 256 - '…'.len_utf8();
-
-/// A descriptor for a process, if it is still there.
-pub(crate) fn open_process(pid: u32) -> Option<OwnedFd> {
-    let pid = Pid::from_raw(i32::try_from(pid).ok()?)?;
-    pidfd_open(pid, PidfdFlags::empty()).ok()
-}
 
 /// A process with its command line as text, for people.
 pub(crate) fn describe(pid: u32) -> LeakedProcess {
@@ -40,19 +35,19 @@ pub(crate) fn mark_of(pid: u32) -> Option<String> {
     Some(std::str::from_utf8(mark).ok()?.to_owned())
 }
 
-/// Finds what has left its containment: every process whose environment marks it as belonging to one of these tasks, as a
-/// descriptor that still means it when it is killed, and in words.
-pub(crate) fn find_marked(is_ours: impl Fn(&str) -> bool) -> Vec<(OwnedFd, LeakedProcess)> {
+/// Finds what has left its containment: every process whose environment marks it as belonging to one of these tasks, held
+/// for when it is killed, and in words.
+pub(crate) fn find_marked(is_ours: impl Fn(&str) -> bool) -> Vec<(Stranger, LeakedProcess)> {
     let mut found = Vec::new();
     let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
     for pid in entries.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok()) {
         if pid == std::process::id() {
             continue;
         }
-        // Opened before it is looked at: whoever is found by this number is whom the descriptor means.
-        let Some(pidfd) = open_process(pid) else { continue };
+        // Held before it is looked at: whoever bears the mark is who is held.
+        let Some(process) = Stranger::find(pid) else { continue };
         if mark_of(pid).is_some_and(|mark| is_ours(&mark)) {
-            found.push((pidfd, describe(pid)));
+            found.push((process, describe(pid)));
         }
     }
     found
@@ -60,9 +55,3 @@ pub(crate) fn find_marked(is_ours: impl Fn(&str) -> bool) -> Vec<(OwnedFd, Leake
 
 /// The variable that marks every process of a task.
 const MARK: &[u8] = b"MILLSTREAM_TASK=";
-
-/// Kills a process that was found by its mark.
-pub(crate) fn kill_marked(process: &OwnedFd) {
-    // It may have ended by itself since.
-    let _gone: Result<(), _> = pidfd_send_signal(process, Signal::KILL);
-}

@@ -106,6 +106,6 @@ fn what_left_its_containment_is_found_by_its_mark() {
         }
     };
     assert_eq!(found[0].1.command, "sleep 1000");
-    kill_marked(&found[0].0);
+    found[0].0.kill().unwrap();
     assert!(!child.wait().unwrap().success());
 }

@@ -15,6 +15,9 @@ use std::{
 };
 
 use super::{Channels, Launch, SpawnError, Step};
+use crate::supervisor::kernel::{
+    CLONE_CLEAR_SIGHAND, CLONE_INTO_CGROUP, CLONE_PIDFD, CloneArguments, Kernel,
+};
 
 /// Descriptors below may be given to the block: what the child itself needs is moved above.
 const OWN_DESCRIPTOR_MIN: RawFd = 16;
@@ -94,29 +97,13 @@ impl Image {
     }
 }
 
-const CLONE_PIDFD: u64 = 0x1000;
-const CLONE_CLEAR_SIGHAND: u64 = 1 << 32;
-const CLONE_INTO_CGROUP: u64 = 1 << 33;
-
-#[repr(C)]
-#[derive(Default)]
-struct CloneArguments {
-    flags: u64,
-    pidfd: u64,
-    child_tid: u64,
-    parent_tid: u64,
-    exit_signal: u64,
-    stack: u64,
-    stack_size: u64,
-    tls: u64,
-    set_tid: u64,
-    set_tid_size: u64,
-    cgroup: u64,
-}
-
 /// Forks; the child does not return from here.
 #[expect(unsafe_code, reason = "no safe interface makes a process inside a control group")]
-pub(super) fn make(image: &Image, cgroup: Option<BorrowedFd<'_>>) -> io::Result<(u32, OwnedFd)> {
+pub(super) fn make(
+    image: &Image,
+    cgroup: Option<BorrowedFd<'_>>,
+    kernel: &Kernel,
+) -> io::Result<(u32, Option<OwnedFd>)> {
     let mut pidfd: c_int = -1;
     let mut arguments = CloneArguments {
         flags: CLONE_PIDFD | CLONE_CLEAR_SIGHAND,
@@ -140,14 +127,14 @@ pub(super) fn make(image: &Image, cgroup: Option<BorrowedFd<'_>>) -> io::Result<
     // SAFETY: the arguments are valid and as long as said. Without a shared address space this is a fork: the child goes
     // on with a copy of this stack and calls `run_child` alone, which keeps to what is safe there and never returns.
     let made = unsafe {
-        let made = libc::syscall(libc::SYS_clone3, &raw mut arguments, size_of::<CloneArguments>());
-        if made == 0 {
-            run_child(image)
-        }
-        if made < 0 && *libc::__errno_location() == libc::ENOSYS && cgroup.is_none() {
-            make_the_old_way(image, &mut pidfd)
-        } else {
+        if kernel.has_births_in_groups {
+            let made = libc::syscall(libc::SYS_clone3, &raw mut arguments, size_of::<CloneArguments>());
+            if made == 0 {
+                run_child(image, kernel)
+            }
             made
+        } else {
+            make_the_old_way(image, kernel)
         }
     };
     let error = io::Error::last_os_error();
@@ -156,19 +143,23 @@ pub(super) fn make(image: &Image, cgroup: Option<BorrowedFd<'_>>) -> io::Result<
         libc::pthread_sigmask(libc::SIG_SETMASK, &raw const before, ptr::null_mut());
     }
     let Ok(pid @ 1..) = u32::try_from(made) else { return Err(error) };
-    // SAFETY: the kernel has just made this descriptor for us.
-    Ok((pid, unsafe { OwnedFd::from_raw_fd(pidfd) }))
+    // SAFETY: where there is a descriptor, the kernel has just made it for us.
+    Ok((pid, (pidfd >= 0).then(|| unsafe { OwnedFd::from_raw_fd(pidfd) })))
 }
 
-/// For sandboxes that refuse `clone3`.
+/// For older kernels, and for sandboxes that refuse `clone3`. Without a descriptor: the oldest ignore that one is asked for.
 #[expect(unsafe_code, reason = "see `make`")]
-unsafe fn make_the_old_way(image: &Image, pidfd: &mut c_int) -> libc::c_long {
-    let flags = CLONE_PIDFD | u64::from(libc::SIGCHLD.unsigned_abs());
-    // SAFETY: as in `make`; with these flags the third argument is where the descriptor goes.
+unsafe fn make_the_old_way(image: &Image, kernel: &Kernel) -> libc::c_long {
+    let flags = u64::from(libc::SIGCHLD.unsigned_abs());
+    // SAFETY: as in `make`.
     unsafe {
-        let made = libc::syscall(libc::SYS_clone, flags, 0_u64, ptr::from_mut(pidfd), 0_u64, 0_u64);
+        let made = libc::syscall(libc::SYS_clone, flags, 0_u64, 0_u64, 0_u64, 0_u64);
         if made == 0 {
-            run_child(image)
+            // No handler of ours may run here when signals are let in again.
+            for signal in 1..=64 {
+                libc::signal(signal, libc::SIG_DFL);
+            }
+            run_child(image, kernel)
         }
         made
     }
@@ -176,7 +167,7 @@ unsafe fn make_the_old_way(image: &Image, pidfd: &mut c_int) -> libc::c_long {
 
 /// The child between fork and exec: system calls only.
 #[expect(unsafe_code, reason = "a child of a process with threads may only make system calls")]
-unsafe fn run_child(image: &Image) -> ! {
+unsafe fn run_child(image: &Image, kernel: &Kernel) -> ! {
     // SAFETY: every pointer is into `image`, which lives on the copied stack and heap; every call is safe after fork.
     unsafe {
         let report = raise(image.report);
@@ -197,7 +188,7 @@ unsafe fn run_child(image: &Image) -> ! {
         if !place_descriptors(image) {
             failed(Step::Descriptors);
         }
-        close_all_but(image, report, gate);
+        close_all_but(image, report, gate, kernel);
         if gate >= 0 {
             let mut go = 0_u8;
             // Whoever held the other end is gone: nobody will ever let this process go.
@@ -293,11 +284,16 @@ unsafe fn raise(descriptor: RawFd) -> RawFd {
 
 /// Closes what is not this child's: a held process must not keep alive what others wait to see closed.
 #[expect(unsafe_code, reason = "see `run_child`")]
-unsafe fn close_all_but(image: &Image, report: RawFd, gate: RawFd) {
+unsafe fn close_all_but(image: &Image, report: RawFd, gate: RawFd, kernel: &Kernel) {
     let (moved_a, moved_b) = image.moved.unwrap_or((-1, -1));
     let told = image.reports.map_or(-1, |(_, to)| to);
     let mut kept = [2, moved_a, moved_b, told, report, gate];
     kept.sort_unstable();
+    if !kernel.has_close_range {
+        // SAFETY: as this function.
+        unsafe { close_listed_but(&kept) };
+        return;
+    }
     let mut from = 0;
     for number in kept.into_iter().filter(|&number| number >= 2) {
         // Descriptors 0, 1 and 2 are in place already.
@@ -310,6 +306,42 @@ unsafe fn close_all_but(image: &Image, report: RawFd, gate: RawFd) {
     }
     // SAFETY: as above.
     unsafe { libc::syscall(libc::SYS_close_range, from.max(3), u32::MAX, 0) };
+}
+
+/// The same one by one, for older kernels: those that the kernel lists as open.
+#[expect(unsafe_code, reason = "see `run_child`")]
+unsafe fn close_listed_but(kept: &[RawFd]) {
+    /// Where the name begins in an entry, and where its length is.
+    const NAME: usize = 19;
+    const LENGTH: usize = 16;
+    // SAFETY: the buffer is as long as said and lives until the calls are over. Closing while listing is fine: the kernel
+    // goes on behind the number that it listed last.
+    unsafe {
+        let list =
+            libc::open(c"/proc/self/fd".as_ptr(), libc::O_RDONLY | libc::O_DIRECTORY | libc::O_CLOEXEC);
+        if list < 0 {
+            return;
+        }
+        let mut buffer = [0_u8; 1024];
+        loop {
+            let length = libc::syscall(libc::SYS_getdents64, list, buffer.as_mut_ptr(), buffer.len());
+            let Ok(length @ 1..) = usize::try_from(length) else { break };
+            let mut entries = buffer.get(..length).unwrap_or_default();
+            while let Some(&[low, high]) = entries.get(LENGTH..NAME - 1) {
+                let (entry, rest) =
+                    entries.split_at(usize::from(u16::from_ne_bytes([low, high])).min(entries.len()));
+                entries = rest;
+                let digits =
+                    entry.get(NAME..).unwrap_or_default().iter().take_while(|byte| byte.is_ascii_digit());
+                let number = digits.fold(0, |number: RawFd, digit| number * 10 + RawFd::from(digit - b'0'));
+                // Descriptors 0, 1 and 2 are in place already, and what is no number counts as 0.
+                if number > 2 && number != list && !kept.contains(&number) {
+                    libc::close(number);
+                }
+            }
+        }
+        libc::close(list);
+    }
 }
 
 /// A process may always be made easier to kill. Where that fails, it is as hard to kill as we are, and runs all the same.
@@ -390,6 +422,7 @@ mod tests {
     use std::{io::Read as _, os::fd::AsFd as _};
 
     use super::*;
+    use crate::supervisor::kernel::kernel;
 
     #[test]
     fn blocks_are_easier_to_kill_than_agents_that_were_made_hard_to_kill() {
@@ -417,7 +450,7 @@ mod tests {
         let mut image = Image::new(&launch, channels, Vec::new(), &report_end.into(), None).unwrap();
         // Any process may raise its own; lowering it takes a privilege that a test may lack.
         image.kill_score = Some(c"321");
-        make(&image, None).unwrap();
+        make(&image, None, kernel()).unwrap();
         drop(writer);
         let mut told = String::new();
         reader.read_to_string(&mut told).unwrap();

@@ -27,23 +27,37 @@ fn launch(argv: &[&str]) -> Launch {
     }
 }
 
+/// This one, and one that can do nothing that came later.
+fn kernels() -> [&'static Kernel; 2] {
+    [kernel(), &Kernel::OLD]
+}
+
 fn start(launch: &Launch) -> (Process, PipeReader) {
+    start_on(kernel(), launch)
+}
+
+fn start_on(kernel: &Kernel, launch: &Launch) -> (Process, PipeReader) {
     let null = fs::OpenOptions::new().read(true).write(true).open("/dev/null").unwrap();
     let (reader, writer) = io::pipe().unwrap();
     let ends = (writer.as_fd(), writer.as_fd());
     let reports = launch.reports.map(|_| writer.as_fd());
     let channels = Channels { null: null.as_fd(), stdout: ends.0, stderr: ends.1, reports };
-    (spawn(launch, channels, Placement::default()).unwrap(), reader)
+    (spawn_on(kernel, launch, channels, Placement::default()).unwrap(), reader)
 }
 
 fn wait(process: &mut Process) -> Exit {
-    let mut polled = [rustix::event::PollFd::new(process, rustix::event::PollFlags::IN)];
-    rustix::event::poll(&mut polled, None).unwrap();
+    let pid = Pid::from_raw(i32::try_from(process.pid()).unwrap()).unwrap();
+    waitid(WaitId::Pid(pid), WaitIdOptions::EXITED | WaitIdOptions::NOWAIT).unwrap();
+    assert!(process.has_ended());
     process.reap().unwrap().unwrap()
 }
 
 fn run(launch: &Launch) -> Ran {
-    let (mut process, mut reader) = start(launch);
+    run_on(kernel(), launch)
+}
+
+fn run_on(kernel: &Kernel, launch: &Launch) -> Ran {
+    let (mut process, mut reader) = start_on(kernel, launch);
     let mut stdout = String::new();
     reader.read_to_string(&mut stdout).unwrap();
     let exit = wait(&mut process);
@@ -71,25 +85,29 @@ fn a_program_is_found_and_gets_its_arguments_environment_and_directory() {
 fn a_program_starts_with_clean_signals_descriptors_and_a_group_of_its_own() {
     let script = "grep -E '^(SigBlk|SigIgn)' /proc/self/status; ls /proc/$$/fd; \
                   test $(ps -o pgid= -p $$) = $$ && test $(ps -o sid= -p $$) = $$ && echo leader";
-    let ran = run(&launch(&["bash", "-c", script]));
-    let mask = |name: &str| {
-        let line = ran.stdout.lines().find(|line| line.starts_with(name)).unwrap();
-        u64::from_str_radix(line.split_whitespace().last().unwrap(), 16).unwrap()
-    };
-    // The C library keeps 32 and 33 for itself and lets nobody change them.
-    assert_eq!((mask("SigBlk"), mask("SigIgn") & !(0b11 << 31)), (0, 0), "{}", ran.stdout);
-    // Bash itself may keep 255.
-    let descriptors: Vec<_> =
-        ran.stdout.lines().filter_map(|line| line.parse::<u32>().ok()).filter(|&n| n < 255).collect();
-    assert_eq!(descriptors, [0, 1, 2], "{}", ran.stdout);
-    assert!(ran.stdout.ends_with("leader\n"), "{}", ran.stdout);
+    for kernel in kernels() {
+        let ran = run_on(kernel, &launch(&["bash", "-c", script]));
+        let mask = |name: &str| {
+            let line = ran.stdout.lines().find(|line| line.starts_with(name)).unwrap();
+            u64::from_str_radix(line.split_whitespace().last().unwrap(), 16).unwrap()
+        };
+        // The C library keeps 32 and 33 for itself and lets nobody change them.
+        assert_eq!((mask("SigBlk"), mask("SigIgn") & !(0b11 << 31)), (0, 0), "{}", ran.stdout);
+        // Bash itself may keep 255.
+        let descriptors: Vec<_> =
+            ran.stdout.lines().filter_map(|line| line.parse::<u32>().ok()).filter(|&n| n < 255).collect();
+        assert_eq!(descriptors, [0, 1, 2], "{}", ran.stdout);
+        assert!(ran.stdout.ends_with("leader\n"), "{}", ran.stdout);
+    }
 }
 
 #[test]
 fn outputs_can_be_moved_out_of_the_way() {
     let mut launch = launch(&["sh", "-c", "echo lost; echo also lost >&2; echo kept >&7; echo too >&3"]);
     launch.moved = Some((3, 7));
-    assert_eq!(run(&launch).stdout, "kept\ntoo\n");
+    for kernel in kernels() {
+        assert_eq!(run_on(kernel, &launch).stdout, "kept\ntoo\n");
+    }
 }
 
 #[test]
@@ -98,7 +116,9 @@ fn phases_are_told_on_a_descriptor_that_no_output_has() {
     assert_eq!((report_descriptor(OutputDescriptors::Standard), report_descriptor(moved)), (9, 7));
     let mut launch = launch(&["bash", "-c", "echo told >&7; echo lost; ls /proc/$$/fd >&9"]);
     (launch.moved, launch.reports) = (Some((9, 8)), Some(7));
-    assert_eq!(run(&launch).stdout.replace("255\n", ""), "told\n0\n1\n2\n7\n8\n9\n");
+    for kernel in kernels() {
+        assert_eq!(run_on(kernel, &launch).stdout.replace("255\n", ""), "told\n0\n1\n2\n7\n8\n9\n");
+    }
 }
 
 #[test]
@@ -129,26 +149,33 @@ fn a_held_process_begins_when_it_is_let_go_and_not_before() {
 
 #[test]
 fn a_held_process_keeps_nothing_of_ours_open() {
-    let (mut ours, ours_end) = io::pipe().unwrap();
-    let mut held = launch(&["true"]);
-    held.held = true;
-    let (mut process, _reader) = start(&held);
-    drop(ours_end);
-    // Forked but not yet past closing: it does so without being let go, so that this read ends.
-    assert_eq!(ours.read(&mut [0]).unwrap(), 0);
-    process.signal(libc::SIGKILL).unwrap();
-    assert_eq!(wait(&mut process), Exit::Signal(libc::SIGKILL));
+    for kernel in kernels() {
+        let (mut ours, ours_end) = io::pipe().unwrap();
+        // More than the kernel lists at once.
+        let many: Vec<_> = (0..200).map(|_| ours_end.try_clone().unwrap()).collect();
+        let mut held = launch(&["true"]);
+        held.held = true;
+        let (mut process, _reader) = start_on(kernel, &held);
+        drop((ours_end, many));
+        // Forked but not yet past closing: it does so without being let go, so that this read ends.
+        assert_eq!(ours.read(&mut [0]).unwrap(), 0);
+        process.signal(libc::SIGKILL).unwrap();
+        assert_eq!(wait(&mut process), Exit::Signal(libc::SIGKILL));
+    }
 }
 
 #[test]
 fn a_signal_reaches_the_whole_group() {
-    let (mut process, mut reader) = start(&launch(&["sh", "-c", "sleep 1000 & echo up; wait"]));
-    let mut up = [0; 3];
-    reader.read_exact(&mut up).unwrap();
-    process.signal(libc::SIGTERM).unwrap();
-    assert_eq!(wait(&mut process), Exit::Signal(libc::SIGTERM));
-    // Its end is seen when both have let the pipe go.
-    assert_eq!(reader.read_to_end(&mut Vec::new()).unwrap(), 0);
+    for kernel in kernels() {
+        let script = "sleep 1000 & echo up; wait";
+        let (mut process, mut reader) = start_on(kernel, &launch(&["sh", "-c", script]));
+        let mut up = [0; 3];
+        reader.read_exact(&mut up).unwrap();
+        process.signal(libc::SIGTERM).unwrap();
+        assert_eq!(wait(&mut process), Exit::Signal(libc::SIGTERM));
+        // Its end is seen when both have let the pipe go.
+        assert_eq!(reader.read_to_end(&mut Vec::new()).unwrap(), 0);
+    }
 }
 
 #[test]
