@@ -11,6 +11,7 @@ use millstream_common::{
     convert, limits,
     pipe::{self, BoxedPipe, ConnectError},
     text::{printable, spoken},
+    tls,
 };
 use millstream_proto::v1::{self, sync_service_client::SyncServiceClient};
 use tokio::net::TcpStream;
@@ -22,6 +23,7 @@ use super::print;
 #[derive(Debug, Args)]
 pub(super) struct Board {
     /// Where the test listens: what `streams.listen` returned, such as `127.0.0.1:41235`.
+    #[arg(value_parser = address)]
     address: SocketAddr,
     #[command(subcommand)]
     act: Option<Act>,
@@ -69,12 +71,20 @@ enum Act {
 /// Why the board cannot be seen or touched.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum BoardError {
-    #[error("no test listens on {address}: {source}; `streams.listen` opens the port and says its address")]
+    #[error(
+        "no test listens on {address}: {}; `streams.listen` opens the port and says its address",
+        tls::reason(source)
+    )]
     Connect {
         address: SocketAddr,
         #[source]
         source: ConnectError,
     },
+    #[error(
+        "{waiting} waits at {name} for {wanted} parties: to come in for {given} would break it for all; leave `--parties` out, or say \
+         `abort` if that is meant"
+    )]
+    Parties { name: String, waiting: String, wanted: u32, given: u32 },
     #[error("the test refused: {}", pipe::call_failure(source))]
     Call {
         #[source]
@@ -82,6 +92,20 @@ pub(super) enum BoardError {
     },
     #[error(transparent)]
     Print(Box<super::RunError>),
+}
+
+impl Act {
+    /// The barrier that it is about.
+    fn name(&self) -> Option<&str> {
+        match self {
+            Self::List => None,
+            Self::Enter { name, .. }
+            | Self::Hold { name }
+            | Self::Release { name }
+            | Self::Abort { name, .. }
+            | Self::Reset { name } => Some(name),
+        }
+    }
 }
 
 impl From<tonic::Status> for BoardError {
@@ -97,24 +121,30 @@ impl Board {
         let connected = pipe::endpoint_channel(dial).await;
         let channel = connected.map_err(|source| BoardError::Connect { address, source })?;
         let mut client = SyncServiceClient::new(channel);
-        let said = match self.act.unwrap_or(Act::List) {
-            Act::List => list(&mut client).await?,
-            Act::Enter { name, parties, timeout } => enter(&mut client, name, parties, timeout).await?,
+        let act = self.act.unwrap_or(Act::List);
+        let barriers = barriers(&mut client).await?;
+        let hint = act.name().map_or("", |name| hint(name, &barriers));
+        let said = match act {
+            Act::List => list(&barriers),
+            Act::Enter { name, parties, timeout } => {
+                check_parties(&name, parties, &barriers)?;
+                enter(&mut client, name, parties, timeout).await?
+            }
             Act::Hold { name } => {
                 client.hold(v1::HoldRequest { name: name.clone(), release: false }).await?;
-                format!("{} is held\n", shown(&name))
+                format!("{} is held{hint}\n", shown(&name))
             }
             Act::Release { name } => {
                 client.hold(v1::HoldRequest { name: name.clone(), release: true }).await?;
-                format!("{} is not held any more\n", shown(&name))
+                format!("{} is not held any more{hint}\n", shown(&name))
             }
             Act::Abort { name, reason } => {
                 client.abort(v1::AbortRequest { name: name.clone(), reason }).await?;
-                format!("{} is broken\n", shown(&name))
+                format!("{} is broken{hint}\n", shown(&name))
             }
             Act::Reset { name } => {
                 client.reset(v1::ResetRequest { name: name.clone() }).await?;
-                format!("{} can be used again\n", shown(&name))
+                format!("{} can be used again{hint}\n", shown(&name))
             }
         };
         print(&said).map_err(|error| BoardError::Print(Box::new(error)))
@@ -145,25 +175,60 @@ async fn enter(
     ))
 }
 
-async fn list(client: &mut SyncServiceClient<Channel>) -> Result<String, BoardError> {
-    let now_ns = World::system().clock.wall_ns();
-    let mut said = String::new();
+/// Every barrier of the test.
+async fn barriers(client: &mut SyncServiceClient<Channel>) -> Result<Vec<v1::BarrierStatus>, BoardError> {
+    let mut barriers = Vec::new();
     let mut from_index = 0;
     loop {
         let answer = client.list_barriers(v1::ListBarriersRequest { from_index }).await?.into_inner();
-        for barrier in &answer.barriers {
-            barrier_lines(barrier, now_ns, &mut said);
-        }
+        barriers.extend(answer.barriers);
         // The test says where to go on; one that does not would be asked for ever.
         if answer.next_index <= from_index {
-            break;
+            return Ok(barriers);
         }
         from_index = answer.next_index;
+    }
+}
+
+fn list(barriers: &[v1::BarrierStatus]) -> String {
+    let now_ns = World::system().clock.wall_ns();
+    let mut said = String::new();
+    for barrier in barriers {
+        barrier_lines(barrier, now_ns, &mut said);
     }
     if said.is_empty() {
         said.push_str("nobody has entered a barrier yet\n");
     }
-    Ok(said)
+    said
+}
+
+/// A barrier may be held or broken before anybody comes; but a name that nobody knows is more often a mistake.
+fn hint(name: &str, barriers: &[v1::BarrierStatus]) -> &'static str {
+    if barriers.iter().any(|barrier| barrier.name == name) {
+        ""
+    } else {
+        "; nobody has come to a barrier of this name yet"
+    }
+}
+
+/// A person who miscounts must not break what those who wait are right about.
+fn check_parties(name: &str, given: u32, barriers: &[v1::BarrierStatus]) -> Result<(), BoardError> {
+    let barrier = barriers.iter().find(|barrier| barrier.name == name);
+    let arrival = barrier.and_then(|barrier| Some((barrier, barrier.arrivals.first()?)));
+    match arrival {
+        Some((barrier, arrival)) if given != 0 && barrier.parties != 0 && barrier.parties != given => {
+            let (name, waiting) = (shown(name), shown(&arrival.name));
+            Err(BoardError::Parties { name, waiting, wanted: barrier.parties, given })
+        }
+        _ => Ok(()),
+    }
+}
+
+/// An address, or `localhost` with a port: nothing else is listened on.
+fn address(text: &str) -> Result<SocketAddr, String> {
+    let numeric = text.strip_prefix("localhost:").map(|port| format!("127.0.0.1:{port}"));
+    let parsed = numeric.as_deref().unwrap_or(text).parse();
+    parsed.map_err(|_| "not an address with a port, such as 127.0.0.1:41235".to_owned())
 }
 
 fn barrier_lines(barrier: &v1::BarrierStatus, now_ns: u64, out: &mut String) {
@@ -206,6 +271,36 @@ mod tests {
     use expect_test::expect;
 
     use super::*;
+
+    #[test]
+    fn a_person_neither_breaks_a_barrier_by_miscounting_nor_holds_one_that_nobody_knows_unawares() {
+        let arrivals =
+            vec![v1::BarrierArrival { name: "server/1-a".to_owned(), ..v1::BarrierArrival::default() }];
+        let waiting = v1::BarrierStatus {
+            name: "setup".to_owned(),
+            parties: 2,
+            arrivals,
+            ..v1::BarrierStatus::default()
+        };
+        let idle = v1::BarrierStatus { name: "idle".to_owned(), ..v1::BarrierStatus::default() };
+        let barriers = [waiting, idle];
+        for fine in [("setup", 0), ("setup", 2), ("idle", 7), ("new", 7)] {
+            assert!(check_parties(fine.0, fine.1, &barriers).is_ok(), "{fine:?}");
+        }
+        assert_eq!(
+            check_parties("setup", 3, &barriers).unwrap_err().to_string(),
+            "server/1-a waits at setup for 2 parties: to come in for 3 would break it for all; leave `--parties` out, or say `abort` \
+             if that is meant"
+        );
+        assert_eq!(hint("idle", &barriers), "");
+        assert_eq!(hint("idel", &barriers), "; nobody has come to a barrier of this name yet");
+    }
+
+    #[test]
+    fn the_test_is_found_by_its_address_or_as_localhost() {
+        assert_eq!(address("localhost:41235").unwrap(), address("127.0.0.1:41235").unwrap());
+        assert!(address("foo:41235").unwrap_err().contains("such as 127.0.0.1:41235"));
+    }
 
     #[test]
     fn a_barrier_is_shown_with_who_came_and_who_is_missing() {

@@ -24,7 +24,7 @@ pub(super) struct Logs {
     #[command(flatten)]
     dialling: Dialling,
     /// How many of the last lines; at most 1000.
-    #[arg(short = 'n', long, value_name = "COUNT", default_value_t = 10)]
+    #[arg(short = 'n', long, value_name = "COUNT", default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=1000))]
     lines: u32,
     /// Go on until the task ends.
     #[arg(short, long)]
