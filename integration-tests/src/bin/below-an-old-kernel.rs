@@ -82,7 +82,7 @@ fn refuse(error: i32) -> libc::sock_filter {
     line(ANSWER, libc::SECCOMP_RET_ERRNO | error.unsigned_abs(), 0, 0)
 }
 
-/// Three lines: whoever makes this call with such a first argument is refused.
+/// Whoever makes this call with such a first argument is refused.
 fn unless(call: libc::c_long, asks: u32, value: u32, error: i32) -> [libc::sock_filter; 5] {
     [
         line(IS_EQUAL, number(call), 0, 4),
