@@ -45,7 +45,6 @@ use tokio_util::task::TaskTracker;
 use tonic::Status;
 use tracing::{error, info, warn};
 
-pub(crate) use self::opening::{Ending, STATE_PATH_BYTES_MAX};
 use self::{
     acceptor::Places,
     identity::Peer,
@@ -63,6 +62,10 @@ pub use self::{
     metrics::Metrics,
     opening::{Door, DoorConfig, DoorError, base_environment},
     supervisors::{StartSupervisor, Starting, Supervisors},
+};
+pub(crate) use self::{
+    finding::has_supervisors,
+    opening::{Ending, STATE_PATH_BYTES_MAX},
 };
 use crate::{
     session::{Action, Asking, Event, Key, OpenRefusal, Owner, Sessions, Stage, Ticket},

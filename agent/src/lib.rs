@@ -8,6 +8,7 @@ pub mod entry;
 pub mod host;
 pub mod on_demand;
 pub mod pki;
+mod private;
 pub mod session;
 pub mod stdio;
 pub mod supervisor;

@@ -5,11 +5,11 @@
 //! or, being the agent, end. So nobody finds an agent that is about to go, and no two are started.
 
 mod directory;
+mod place;
 mod serving;
+mod sweeping;
 
 use std::{
-    env,
-    ffi::OsString,
     fs, io,
     os::{
         fd::{AsFd as _, AsRawFd as _, BorrowedFd},
@@ -27,14 +27,13 @@ pub(crate) use self::serving::main;
 use crate::{
     door::STATE_PATH_BYTES_MAX,
     entry::{Relaunch, Role},
+    private::{READY, SOCKET},
 };
 
 /// How long an agent stays without being used, unless it is told: a test that begins right after another finds it there.
 pub const IDLE: Duration = Duration::from_secs(10);
 /// How long a start may take.
 const START_MAX: Duration = Duration::from_secs(20);
-/// What it says when it listens.
-const READY: &str = "ready";
 /// The most that is read of what an agent says that does not begin.
 const SAID_BYTES_MAX: u64 = 64 * 1024;
 /// How often an agent may be found ending, or its directory replaced, before somebody else must be at work there.
@@ -42,19 +41,13 @@ const ATTEMPTS_MAX: usize = 16;
 /// Where private directories are made: the first of these that can be used. All of them outlive the login by which somebody
 /// came, which a runtime directory of a user does not.
 const PARENTS: [&str; 3] = ["/tmp", "/var/tmp", "/dev/shm"];
-/// Its socket in its directory.
-const SOCKET: &str = "agent.sock";
+/// Digits of the digest in the name of such a directory.
+const NAME_DIGITS: usize = 10;
 /// What it says of itself.
 const LOG: &str = "agent.log";
 /// The namespaces that make a place another one. Not that of mounts: commands that enter a network often make a new one
 /// each time.
 const NAMESPACES: [&str; 5] = ["ipc", "net", "pid", "user", "uts"];
-
-/// Says that this is a place of its own although the system knows of none, such as what a scheduler has granted: it has an
-/// agent of its own, which does not stay when nobody uses it, for then the place is given back.
-const PLACE_VARIABLE: &str = "MILLSTREAM_PLACE";
-/// How long such an agent stays.
-const IDLE_APART: Duration = Duration::from_millis(100);
 
 /// Why there is no agent on demand.
 #[derive(Debug, thiserror::Error)]
@@ -110,15 +103,10 @@ pub enum OnDemandError {
     },
 }
 
-/// The place of its own that whoever came here has named.
-fn place() -> Option<OsString> {
-    env::var_os(PLACE_VARIABLE).filter(|place| !place.is_empty())
-}
-
 /// Waits, in a place of its own, until the agent has ended that this process has started: a scheduler kills what is left when
 /// this process ends, and the agent has things to tidy.
 pub(crate) fn outlive_agent() {
-    if place().is_some() {
+    if place::name().is_some() {
         // It has no other children, and usually none at all.
         while let Ok(Some(_)) = rustix::process::wait(rustix::process::WaitOptions::empty()) {}
     }
@@ -127,7 +115,7 @@ pub(crate) fn outlive_agent() {
 /// Connects to the system's agent, if there is one that this user may run blocks with, and that is in this place: a Unix
 /// socket is also seen from other networks of the host, where it leads to the wrong one.
 pub(crate) fn agent_of_this_host(socket: &Path) -> Option<UnixStream> {
-    if place().is_some() {
+    if place::name().is_some() {
         return None;
     }
     let agent = UnixStream::connect(socket).ok()?;
@@ -157,7 +145,7 @@ fn shares_network(socket: &UnixStream, other: rustix::process::Pid) -> bool {
 /// # Errors
 /// When there is none and none can be started.
 pub(crate) fn connect(relaunch: &Relaunch, idle: Duration) -> Result<UnixStream, OnDemandError> {
-    let idle = if place().is_some() { idle.min(IDLE_APART) } else { idle };
+    let idle = if place::name().is_some() { idle.min(place::IDLE) } else { idle };
     let name = name(relaunch).map_err(|source| OnDemandError::Program { source })?;
     let mut first_refusal = None;
     for parent in PARENTS {
@@ -187,11 +175,15 @@ fn name(relaunch: &Relaunch) -> io::Result<String> {
     for number in numbers {
         digest.update(&number.to_le_bytes());
     }
-    if let Some(place) = place() {
+    if let Some(place) = place::name() {
         digest.update(place.as_encoded_bytes());
     }
-    let user = rustix::process::geteuid().as_raw();
-    Ok(format!("millstream-{user}-{}", &digest.finalize().to_hex()[..10]))
+    Ok(format!("{}{}", prefix(), &digest.finalize().to_hex()[..NAME_DIGITS]))
+}
+
+/// With what the names of all private directories of this user begin.
+fn prefix() -> String {
+    format!("millstream-{}-", rustix::process::geteuid().as_raw())
 }
 
 fn connect_in(path: &Path, relaunch: &Relaunch, idle: Duration) -> Result<UnixStream, OnDemandError> {

@@ -21,6 +21,8 @@ pub const BARRIER_NAME_BYTES_MAX: usize = 128;
 pub const TOKEN_BYTES_MAX: usize = 64;
 /// Free text that a controller or a person gives for others to read: reasons, display names, client names.
 pub const TEXT_BYTES_MAX: usize = KIB;
+/// A sentence about a task: it may quote what a container engine has said, from both its ends.
+pub const SENTENCE_BYTES_MAX: usize = 4 * KIB;
 
 /// Parties of one barrier generation: ten times the largest that was measured.
 pub const BARRIER_PARTIES_MAX: u32 = 100_000;

@@ -271,12 +271,15 @@ async fn unless_it_panics<T>(mut work: Pin<&mut impl Future<Output = T>>) -> Res
 /// Releases twice: who tidies once too often must do no harm.
 async fn release(reach: &dyn Reach) -> Result<(), String> {
     for time in ["", " when it was called again"] {
-        timeout(limits::CLOSE_MAX, reach.release()).await.map_err(|_| {
+        let left = timeout(limits::CLOSE_MAX, reach.release()).await.map_err(|_| {
             format!(
                 "release() did not end within {}{time}: a test waits no longer",
                 spoken(limits::CLOSE_MAX)
             )
         })?;
+        if !left.is_empty() {
+            return Err(format!("release(){time} left something: {}", left.join("; ")));
+        }
     }
     Ok(())
 }

@@ -28,14 +28,14 @@ use millstream_proto::v1::agent_service_client::AgentServiceClient;
 use tokio::{
     sync::watch,
     task::JoinSet,
-    time::{Instant, timeout, timeout_at},
+    time::{Instant, timeout},
 };
 use tonic::{Status, transport::Channel};
 use tracing::{debug, info, warn};
 
 use crate::{
     driver::{mailbox::Mailbox, scribe::Recorder},
-    reach::Reach,
+    reach::{self, Reach},
     sync::host::SyncHost,
 };
 
@@ -56,7 +56,7 @@ use features::Features;
 pub(crate) use line::Holdings;
 use line::Line;
 pub(crate) use messages::{LinkOptions, Opened, Order, Put, Report, Sending};
-use open::{Attempt, OpenError};
+use open::{Attempt, OpenError, unless_late};
 pub(crate) use session::Session;
 use session::{session_gone, session_is_gone};
 
@@ -205,13 +205,11 @@ impl Loop {
     }
 
     /// The session is closed: the link ends when that was for good, which is what comes back.
-    async fn closed(&mut self, left_behind: Vec<String>, for_good: bool) -> bool {
+    async fn closed(&mut self, mut left_behind: Vec<String>, for_good: bool) -> bool {
         self.options.holdings.let_go(&self.reach.describe());
         if for_good {
             self.orders.close();
-            if timeout(limits::CLOSE_MAX, self.reach.release()).await.is_err() {
-                warn!(place = self.reach.describe(), "what the reach started did not end in time");
-            }
+            left_behind.extend(reach::released(&*self.reach).await);
         } else {
             self.forget_pending();
         }
@@ -226,6 +224,9 @@ impl Loop {
         // Whoever cannot be told now will hear of its end from nobody but its lease.
         let entrusted = session.entrusted(self.options.lease, false);
         let _told = timeout(limits::CLOSE_MAX, self.reach.entrust(&entrusted)).await;
+        if self.previous.is_some() {
+            self.reach.renew();
+        }
         let deadline = self.world.clock.now() + self.reach.reach_max();
         let (connection, opened, belief) = match self.reach_host(&session, false, 1, deadline).await {
             Ok(reached) => reached,
@@ -348,7 +349,7 @@ impl Loop {
     ) -> Result<(Connection, Opened, Instant), Break> {
         let mut begin = self.world.clock.now();
         let mut line: Option<Line> = None;
-        let mut kept = None;
+        let (mut kept, mut decided) = (None, None);
         let mut pause = limits::RECONNECT_PAUSE_MIN;
         let mut attempts = 0_u32;
         let mut last = "it did not answer".to_owned();
@@ -358,7 +359,8 @@ impl Loop {
             // Asked first, the host says at once who has it.
             let patience = line.as_ref().map_or(Duration::ZERO, |line| line.patience(self.world.clock.now()));
             let attempt = Attempt::of(self, session, resume, number, kept.take(), patience);
-            let attempt = timeout_at(deadline, attempt.open());
+            let reach = Arc::clone(&self.reach);
+            let attempt = unless_late(Box::pin(attempt.open()), &*reach, &mut deadline, !resume);
             match self.unless_closed(attempt).await? {
                 Err(_elapsed) => {}
                 Ok(Ok(reached)) => return Ok(reached),
@@ -382,9 +384,14 @@ impl Loop {
                     kept = Some(control);
                     self.report(Report::InLine { why }).await;
                 }
-                Ok(Err(OpenError::Again(why))) => {
-                    self.report(Report::AttemptFailed { why: why.clone() }).await;
-                    last = why;
+                Ok(Err(error @ (OpenError::Again(_) | OpenError::Pending(_)))) => {
+                    if let OpenError::Again(_) = &error {
+                        // However long the decision took: from then on a place has no more time than any other.
+                        let decided = *decided.get_or_insert_with(|| self.world.clock.now());
+                        deadline = deadline.min(decided + limits::REACH_MAX);
+                    }
+                    last = error.why();
+                    self.report(Report::AttemptFailed { why: last.clone() }).await;
                 }
             }
             if self.world.clock.now() + pause >= deadline {
@@ -392,8 +399,8 @@ impl Loop {
                 let times =
                     if attempts == 1 { "1 attempt".to_owned() } else { format!("{attempts} attempts") };
                 return Err(Break::Connection(format!(
-                    "{place} could not be reached in {took} ({times}): {last}. Check that `millstream-agent` runs there and \
-                     that its address and port are right"
+                    "{place} could not be reached in {took} ({times}): {last}. {}",
+                    self.reach.what_to_check()
                 )));
             }
             self.unless_closed(tokio::time::sleep(pause)).await?;

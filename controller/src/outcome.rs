@@ -237,7 +237,7 @@ impl Outcome {
         }
         if !self.detail.is_empty() {
             text += ": ";
-            text += &printable(self.detail.as_bytes(), limits::TEXT_BYTES_MAX);
+            text += &printable(self.detail.as_bytes(), limits::SENTENCE_BYTES_MAX);
         }
         if let Some(cause) = &self.caused_by
             && !self.reason.is_consequence()

@@ -10,11 +10,19 @@ use std::{
     io,
     path::PathBuf,
     pin::Pin,
-    sync::{Arc, PoisonError, RwLock},
+    sync::{Arc, LazyLock, PoisonError, RwLock},
     time::Duration,
 };
 
-use millstream_common::{id::SessionId, limits, pipe::BoxedPipe, text, tls};
+use millstream_common::{
+    clock::{Ids as _, SystemIds},
+    id::SessionId,
+    limits,
+    pipe::BoxedPipe,
+    text, tls,
+};
+use sha2::{Digest as _, Sha256};
+use tokio::time::timeout;
 
 use crate::params::{HIDDEN, ReferenceError};
 
@@ -32,6 +40,9 @@ pub mod unix;
 /// A future that owns nothing but what it was given.
 pub type Dialing<'a> = Pin<Box<dyn Future<Output = Result<BoxedPipe, DialError>> + Send + 'a>>;
 
+/// A future that ends what a reach has started, and gives a sentence for each thing that it could not tidy.
+pub type Releasing<'a> = Pin<Box<dyn Future<Output = Vec<String>> + Send + 'a>>;
+
 /// A way to an agent.
 pub trait Reach: Send + Sync + fmt::Debug + 'static {
     /// Makes a new pipe to the agent. Called twice for each session, and again after the connection broke.
@@ -47,6 +58,12 @@ pub trait Reach: Send + Sync + fmt::Debug + 'static {
     /// Whether the agent lives on when a pipe to it breaks, so that coming back makes sense.
     fn survives_disconnect(&self) -> bool {
         true
+    }
+
+    /// A number that grows as long as a dial comes on although it takes its time, such as one that brings a program over a
+    /// slow line: then neither [`Reach::dial_max`] nor [`Reach::reach_max`] ends it.
+    fn progress(&self) -> u64 {
+        0
     }
 
     /// How long one dial may take before it is given up.
@@ -74,9 +91,19 @@ pub trait Reach: Send + Sync + fmt::Debug + 'static {
         Box::pin(async {})
     }
 
-    /// Called when the test is over, after the session was closed: ends what the reach itself started.
-    fn release(&self) -> Pin<Box<dyn Future<Output = ()> + Send + '_>> {
-        Box::pin(async {})
+    /// Called before a session is opened after another one was lost: what was lost with it may be made anew, such as a
+    /// container that has ended.
+    fn renew(&self) {}
+
+    /// What a person may look at when the place could not be reached in time: a sentence that stands behind the last error.
+    fn what_to_check(&self) -> String {
+        "Check that an agent runs there and that the definition of the stream is right".to_owned()
+    }
+
+    /// Called when the test is over, after the session was closed: ends what the reach itself started. What cannot be ended
+    /// becomes part of the test's report.
+    fn release(&self) -> Releasing<'_> {
+        Box::pin(async { Vec::new() })
     }
 }
 
@@ -133,7 +160,49 @@ impl fmt::Debug for Place {
     }
 }
 
+/// The values of a definition that must never be shown. `Debug` leaves them out.
+#[derive(Clone, Default)]
+struct Secrets(Vec<String>);
+
+impl fmt::Debug for Secrets {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Secrets").field(&self.0.len()).finish()
+    }
+}
+
+impl Secrets {
+    fn of(place: &Place) -> Self {
+        let values: Vec<&String> = place
+            .secrets
+            .iter()
+            .filter_map(|key| place.options.get(key))
+            .filter(|value| !value.is_empty())
+            .collect();
+        let mut parts: Vec<String> = values.iter().map(|value| (*value).clone()).collect();
+        // A word stands alone where it is used.
+        parts.extend(values.into_iter().flat_map(|value| text::words(value).unwrap_or_default()));
+        parts.sort_by_key(|part| std::cmp::Reverse(part.len()));
+        Self(parts)
+    }
+
+    /// A text without them.
+    fn hidden_in(&self, text: String) -> String {
+        self.0.iter().fold(text, |text, secret| text.replace(secret, HIDDEN))
+    }
+}
+
 impl Place {
+    /// The value of a key as it may stand in the description of a place: one that must not be shown is told from others by
+    /// something that nobody else can make.
+    fn shown(&self, key: &str, value: &str) -> String {
+        static PROCESS: LazyLock<String> = LazyLock::new(|| SystemIds.token());
+        if !self.secrets.contains(key) {
+            return value.trim_end().replace('\n', ",");
+        }
+        let digest = Sha256::new().chain_update(PROCESS.as_bytes()).chain_update(value).finalize();
+        format!("{HIDDEN}{}", text::hex(&digest[..4]))
+    }
+
     /// A place of a type at an address.
     #[must_use]
     pub fn new(kind: impl Into<String>, address: impl Into<String>) -> Self {
@@ -248,6 +317,14 @@ pub enum DialError {
         /// Whether dialling again is useless.
         is_final: bool,
     },
+    /// Whoever gives the place does not, such as a container engine or a scheduler.
+    #[error("{reason}")]
+    Denied {
+        /// Who, what was asked, and what the answer was.
+        reason: String,
+        /// Whether dialling again is useless.
+        is_final: bool,
+    },
     /// Somebody has to decide first, such as a scheduler.
     #[error("{reason}")]
     Pending {
@@ -282,7 +359,7 @@ impl DialError {
     pub fn is_final(&self) -> bool {
         match self {
             Self::Connect { .. } | Self::Resolve { .. } | Self::Pending { .. } => false,
-            Self::Program { is_final, .. } => *is_final,
+            Self::Program { is_final, .. } | Self::Denied { is_final, .. } => *is_final,
             Self::Refused { .. }
             | Self::Credentials { .. }
             | Self::Nowhere { .. }
@@ -290,6 +367,14 @@ impl DialError {
             | Self::LocalAgent { .. } => true,
         }
     }
+}
+
+/// Releases a reach, within the time that the end of a test has for it. What could not be tidied comes back with its place.
+pub(crate) async fn released(reach: &dyn Reach) -> Vec<String> {
+    let left = timeout(limits::CLOSE_MAX, reach.release()).await.unwrap_or_else(|_elapsed| {
+        vec![format!("what was started for it did not end within {}", text::spoken(limits::CLOSE_MAX))]
+    });
+    left.into_iter().map(|what| format!("{}: {what}", reach.describe())).collect()
 }
 
 /// Makes a reach of what a definition says.

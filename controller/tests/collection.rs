@@ -4,8 +4,6 @@
 
 use std::{
     fs,
-    future::Future,
-    pin::Pin,
     sync::{
         Arc,
         atomic::{AtomicUsize, Ordering},
@@ -17,7 +15,7 @@ use millstream::{
     Definition, OutcomeKind, Params, Reason, StreamError, StreamGroup, Streams, StreamsBuilder,
     blocking::{BlockingStream as _, BlockingStreams as _, BlockingTask as _},
     exec, python,
-    reach::{self, DialError, Dialing, PlaceError, Reach},
+    reach::{self, DialError, Dialing, PlaceError, Reach, Releasing},
     shell,
 };
 use proptest::prelude::*;
@@ -46,6 +44,8 @@ struct Counted {
     dialled: AtomicUsize,
     released: AtomicUsize,
     described: AtomicUsize,
+    /// What it says that it could not tidy.
+    left: Vec<String>,
 }
 
 impl Reach for Counted {
@@ -64,9 +64,9 @@ impl Reach for Counted {
         "counted".to_owned()
     }
 
-    fn release(&self) -> Pin<Box<dyn Future<Output = ()> + Send + '_>> {
+    fn release(&self) -> Releasing<'_> {
         self.released.fetch_add(1, Ordering::SeqCst);
-        Box::pin(async {})
+        Box::pin(async { self.left.clone() })
     }
 }
 
@@ -207,7 +207,8 @@ streams:
 
 #[test]
 fn reaches_that_were_made_by_hand_are_dialled_when_used_and_always_released() {
-    let (used, unused) = (Arc::new(Counted::default()), Arc::new(Counted::default()));
+    let leaving = |what: &str| Arc::new(Counted { left: vec![what.to_owned()], ..Counted::default() });
+    let (used, unused) = (leaving("a guest"), leaving("a disk"));
     let lab = lab(|builder| builder.stream("used", Arc::clone(&used) as Arc<dyn Reach>));
     let hand: Arc<dyn Reach> = Arc::clone(&unused) as _;
     lab.streams.add("unused", hand).unwrap();
@@ -217,7 +218,8 @@ fn reaches_that_were_made_by_hand_are_dialled_when_used_and_always_released() {
     let task = lab.streams.get("used").unwrap().run_bg(shell("true"));
     let outcome = millstream::blocking::block_on(task.outcome());
     assert!(outcome.detail.contains("it only counts"), "{outcome}");
-    lab.streams.close_blocking().unwrap();
+    let error = lab.streams.close_blocking().unwrap_err().to_string();
+    assert!(error.contains(": a guest; counted://") && error.ends_with(": a disk"), "{error}");
     assert!(used.dialled.load(Ordering::SeqCst) > 0);
     assert_eq!((used.released.load(Ordering::SeqCst), counts(&unused)), (1, (0, 1)));
     let error = lab_error(Definition::reach(unused).key("host", "x"));

@@ -1,7 +1,7 @@
 //! Sessions without their controller or supervisor: found again at the start of an agent, expired, lost, and removed when their
 //! results have aged. Decides nothing about who may have one: the machine in `session.rs` does.
 
-use std::{fs, sync::Arc, time::Duration};
+use std::{fs, path::Path, sync::Arc, time::Duration};
 
 use millstream_common::{id::SessionId, limits, outcome::Reason};
 use tracing::{debug, error, info, warn};
@@ -18,6 +18,13 @@ use crate::{
 
 /// How long finding the supervisors of an earlier agent may take: they are asked at once, and each answers in a moment.
 const FIND_MAX: Duration = Duration::from_secs(15);
+
+/// Whether a supervisor lives below a state directory, whichever agent has started it. What cannot be asked counts as one.
+pub(crate) fn has_supervisors(state: &Path) -> bool {
+    let entries = fs::read_dir(supervisors::sessions_directory(state)).into_iter().flatten().flatten();
+    let ids = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<SessionId>().ok());
+    ids.map(|id| SessionDirectory::of(state, id, None)).any(|session| session.is_locked().unwrap_or(true))
+}
 
 impl Shared {
     /// Finds the sessions of an earlier agent: attaches to supervisors that live, recovers what the dead ones have left.

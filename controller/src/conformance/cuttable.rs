@@ -1,7 +1,6 @@
 //! A reach whose pipes can be cut: at once, or when so many bytes have come or gone.
 
 use std::{
-    future::Future,
     io,
     pin::Pin,
     sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
@@ -12,7 +11,7 @@ use std::{
 use millstream_common::pipe::BoxedPipe;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-use crate::reach::{Dialing, Reach};
+use crate::reach::{Dialing, Reach, Releasing};
 
 /// Passes everything on to the reach that is examined, but for its release, which the suite does itself.
 #[derive(Debug)]
@@ -171,6 +170,10 @@ impl Reach for Cuttable {
         self.inner.task_failed();
     }
 
+    fn progress(&self) -> u64 {
+        self.inner.progress()
+    }
+
     fn dial_max(&self) -> Duration {
         self.inner.dial_max()
     }
@@ -183,9 +186,17 @@ impl Reach for Cuttable {
         self.inner.knows_host()
     }
 
-    fn release(&self) -> Pin<Box<dyn Future<Output = ()> + Send + '_>> {
+    fn renew(&self) {
+        self.inner.renew();
+    }
+
+    fn what_to_check(&self) -> String {
+        self.inner.what_to_check()
+    }
+
+    fn release(&self) -> Releasing<'_> {
         // Several tests of the suite use one reach after the other.
-        Box::pin(async {})
+        Box::pin(async { Vec::new() })
     }
 }
 

@@ -1,13 +1,12 @@
 //! How tasks and the test end: who is told, and what is written.
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
 use millstream_common::{
     id::TaskId,
-    limits,
     outcome::{OutcomeKind, Phase, Reason, TaskEnd},
 };
-use tokio::time::timeout;
+use tokio::task::JoinSet;
 use tracing::{debug, warn};
 
 use super::{
@@ -17,6 +16,7 @@ use super::{
 };
 use crate::{
     outcome::{CausedBy, Outcome},
+    reach,
     results::{
         report::{
             BarrierReport, ClockReport, HostReport, Moment, PartyReport, Seconds, StreamReport, TaskSubject,
@@ -146,19 +146,19 @@ impl Driver {
     }
 
     /// Reaches that somebody made by hand and no stream ever used are tidied as well: links see to those that were.
-    pub(super) async fn release_unused(&self) {
-        let release = async {
-            for stream in self.setup.shared.streams() {
-                let Some(reach) = stream.made_by_hand() else { continue };
-                let place = reach.describe();
-                if !self.links.iter().any(|link| link.place == place) {
-                    reach.release().await;
-                }
+    pub(super) async fn release_unused(&mut self) {
+        let mut releasing = JoinSet::new();
+        for stream in self.setup.shared.streams() {
+            let Some(reach) = stream.made_by_hand() else { continue };
+            let place = reach.describe();
+            if !self.links.iter().any(|link| link.place == place) {
+                let reach = Arc::clone(reach);
+                releasing.spawn(async move { reach::released(&*reach).await });
             }
-        };
-        if timeout(limits::CLOSE_MAX, release).await.is_err() {
-            warn!("what reaches that were made by hand have started did not end in time");
         }
+        // Streams that share a reach tell the same.
+        let left: BTreeSet<String> = releasing.join_all().await.into_iter().flatten().collect();
+        self.left_behind.extend(left);
     }
 
     /// Every session is closed: what had not ended was ended with it.

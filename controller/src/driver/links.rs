@@ -92,6 +92,7 @@ impl Driver {
 
     pub(super) fn lost(&mut self, link: usize, why: String, reason: Reason) {
         self.links[link].enter(LinkPhase::Idle, self.setup.world.clock.now());
+        self.debug_line(&format!("{}: session lost: {why}", self.links[link].place));
         self.links[link].lost = Some((why.clone(), reason));
         let streams = self.links[link].streams.clone();
         // Tasks that had ended there: only what they left is missing.

@@ -42,7 +42,9 @@ impl Closing<'_> {
         loop {
             match timeout_at(deadline, dial(self.reach)).await {
                 Ok(Ok(control)) => return self.until(deadline, control, session).await,
-                Ok(Err(OpenError::Again(last) | OpenError::InLine { why: last, .. })) => why = last,
+                Ok(Err(
+                    OpenError::Again(last) | OpenError::Pending(last) | OpenError::InLine { why: last, .. },
+                )) => why = last,
                 Ok(Err(OpenError::Final { why, .. })) => return vec![self.unasked(&why)],
                 Err(_elapsed) => return vec![self.unasked(&why)],
             }

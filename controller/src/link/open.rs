@@ -3,6 +3,8 @@
 //! Decides whether trying again can help; when and how often is the link's to decide.
 
 use std::{
+    future::Future,
+    pin::Pin,
     sync::{
         Arc, OnceLock,
         atomic::{AtomicBool, Ordering},
@@ -20,7 +22,7 @@ use millstream_common::{
     tls,
 };
 use millstream_proto::v1::{self, agent_service_client::AgentServiceClient};
-use tokio::time::{Instant, timeout};
+use tokio::time::{Instant, error::Elapsed, timeout, timeout_at};
 use tonic::{Code, Status};
 use tracing::info;
 
@@ -165,18 +167,32 @@ impl Attempt {
 }
 
 /// Why a session could not be opened.
+#[derive(Debug)]
 pub(super) enum OpenError {
     /// Trying again may help.
     Again(String),
+    /// Somebody has to decide first, and was asked.
+    Pending(String),
     /// Others have the host, and a place in line is kept. The next asking goes on the same connection.
     InLine { why: String, control: Client },
     /// Trying again is useless. What ended a session that was to be resumed is the reason.
     Final { why: String, reason: Reason },
 }
 
+impl OpenError {
+    /// Why there is no session.
+    pub(super) fn why(self) -> String {
+        match self {
+            Self::Again(why) | Self::Pending(why) | Self::InLine { why, .. } | Self::Final { why, .. } => why,
+        }
+    }
+}
+
 impl From<DialError> for OpenError {
     fn from(error: DialError) -> Self {
-        if error.is_final() {
+        if let DialError::Pending { reason } = error {
+            Self::Pending(reason)
+        } else if error.is_final() {
             Self::Final { why: error.to_string(), reason: Reason::Unreachable }
         } else {
             Self::Again(error.to_string())
@@ -184,12 +200,43 @@ impl From<DialError> for OpenError {
     }
 }
 
+/// Waits until the deadline, which is put off while the reach `may` come on and does. The end of a lease is not put off.
+pub(super) async fn unless_late<T>(
+    mut attempt: Pin<Box<impl Future<Output = T>>>,
+    reach: &dyn Reach,
+    deadline: &mut Instant,
+    may: bool,
+) -> Result<T, Elapsed> {
+    let mut progress = reach.progress();
+    loop {
+        let waited = timeout_at(*deadline, &mut attempt).await;
+        if waited.is_ok() || !may || !comes_on(reach, &mut progress) {
+            return waited;
+        }
+        *deadline += limits::REACH_MAX;
+    }
+}
+
+/// Whether a dial has come on since the last look.
+fn comes_on(reach: &dyn Reach, seen: &mut u64) -> bool {
+    let now = reach.progress();
+    std::mem::replace(seen, now) != now
+}
+
 /// A channel over a new pipe.
 pub(super) async fn dial(reach: &dyn Reach) -> Result<Client, OpenError> {
     let most = reach.dial_max();
-    let pipe = timeout(most, reach.dial())
-        .await
-        .map_err(|_| OpenError::Again(format!("no connection within {}", spoken(most))))??;
+    let mut dialling = reach.dial();
+    let mut progress = reach.progress();
+    let pipe = loop {
+        match timeout(most, &mut dialling).await {
+            Ok(dialled) => break dialled?,
+            Err(_elapsed) if comes_on(reach, &mut progress) => {}
+            Err(_elapsed) => {
+                return Err(OpenError::Again(format!("no connection within {}", spoken(most))));
+            }
+        }
+    };
     let channel = pipe::endpoint_channel(|| async { Ok(pipe) })
         .await
         .map_err(|error| OpenError::Again(error.to_string()))?;
@@ -206,7 +253,6 @@ fn shares_this_kernel(boot_id: &str) -> bool {
     !boot_id.is_empty() && own.trim() == boot_id
 }
 
-/// What the refusal of a session means.
 /// Whether the host is reserved, and a place in line is kept.
 fn is_in_line(status: &Status) -> bool {
     status.code() == Code::ResourceExhausted && status.message().ends_with(ASK_AGAIN)
@@ -237,5 +283,75 @@ fn refused(status: &Status) -> OpenError {
             reason: Reason::Unreachable,
         },
         _ => OpenError::Again(why),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::AtomicU64;
+
+    use tokio::sync::Notify;
+
+    use super::*;
+    use crate::reach::Dialing;
+
+    /// A place whose dial comes on, until it was looked at so often, and then ends; or never.
+    #[derive(Debug, Default)]
+    struct Slow {
+        looks: AtomicU64,
+        looks_max: u64,
+        ended: Notify,
+    }
+
+    impl Reach for Slow {
+        fn dial(&self) -> Dialing<'_> {
+            Box::pin(async {
+                self.ended.notified().await;
+                Err(DialError::Nowhere { reason: "it came to its end".to_owned() })
+            })
+        }
+
+        fn describe(&self) -> String {
+            "slow".to_owned()
+        }
+
+        fn host(&self) -> String {
+            "slow".to_owned()
+        }
+
+        fn dial_max(&self) -> Duration {
+            Duration::from_millis(1)
+        }
+
+        fn progress(&self) -> u64 {
+            let looks = self.looks.fetch_add(1, Ordering::Relaxed) + 1;
+            if looks == self.looks_max {
+                self.ended.notify_one();
+            }
+            looks.min(self.looks_max)
+        }
+    }
+
+    async fn told(reach: &Slow) -> String {
+        dial(reach).await.map(drop).unwrap_err().why()
+    }
+
+    #[tokio::test]
+    async fn a_dial_is_given_up_for_its_silence_and_not_for_its_length() {
+        let reach = Slow { looks_max: 10, ..Slow::default() };
+        assert_eq!(told(&reach).await, "it came to its end");
+        assert_eq!(told(&Slow::default()).await, "no connection within 0.0 s");
+    }
+
+    #[tokio::test]
+    async fn a_deadline_is_put_off_while_a_dial_comes_on_unless_a_lease_ends_then() {
+        let in_time = async |reach: &Slow, may: bool| {
+            let mut deadline = Instant::now();
+            unless_late(Box::pin(reach.dial()), reach, &mut deadline, may).await.is_ok()
+        };
+        let slow = || Slow { looks_max: 2, ..Slow::default() };
+        assert!(in_time(&slow(), true).await);
+        assert!(!in_time(&slow(), false).await);
+        assert!(!in_time(&Slow::default(), true).await);
     }
 }

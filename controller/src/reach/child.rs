@@ -14,7 +14,10 @@ use std::{
     },
     pin::Pin,
     process::{Command, ExitStatus, Stdio},
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
     task::{Context, Poll, ready},
     time::Duration,
 };
@@ -26,6 +29,7 @@ use tokio::{
     io::{AsyncRead, AsyncReadExt as _, AsyncWrite, Interest, ReadBuf, unix::AsyncFd},
     net::unix::pipe,
     sync::{Notify, oneshot, watch},
+    task::JoinHandle,
     time::timeout,
 };
 use tokio_util::task::TaskTracker;
@@ -56,6 +60,8 @@ pub(crate) struct Children {
     attended: TaskTracker,
     /// Tells all of them to end.
     ending: Arc<Notify>,
+    /// Grows while something large comes on through one of them.
+    progress: Arc<AtomicU64>,
 }
 
 impl Children {
@@ -65,6 +71,16 @@ impl Children {
         self.attended.close();
         self.attended.wait().await;
         self.attended.reopen();
+    }
+
+    /// Something large has come on.
+    pub(crate) fn progressed(&self) {
+        self.progress.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// How often something has.
+    pub(crate) fn progress(&self) -> u64 {
+        self.progress.load(Ordering::Relaxed)
     }
 
     /// Starts a program that gives a pipe. Must be called within a runtime.
@@ -89,7 +105,7 @@ impl Children {
         let input = pipe::Sender::from_owned_fd(OwnedFd::from(input))?;
         let output = pipe::Receiver::from_owned_fd(OwnedFd::from(output))?;
         let errors = pipe::Receiver::from_owned_fd(OwnedFd::from(errors))?;
-        let said = Said::default();
+        let said = Said::keeping(SAID_BYTES_MAX);
         let listening = tokio::spawn(said.clone().listen(errors));
         let (status_in, status) = watch::channel(None);
         let (held, dropped) = oneshot::channel();
@@ -103,10 +119,7 @@ impl Children {
             };
             let status = running.attend(pidfd, given_up).await;
             // Whoever learns of the end finds the last words as well.
-            let mut listening = listening;
-            if timeout(LAST_WORDS_MAX, &mut listening).await.is_err() {
-                listening.abort();
-            }
+            hear_out(listening).await;
             status_in.send_replace(Some(status));
         });
         Ok(ChildPipe {
@@ -181,25 +194,45 @@ impl Drop for Running {
     }
 }
 
-/// The end of what a child has said on its standard error.
-#[derive(Debug, Clone, Default)]
-struct Said(Arc<Mutex<Vec<u8>>>);
+/// The end of what a child has said on one of its outputs.
+#[derive(Debug, Clone)]
+pub(crate) struct Said {
+    bytes: Arc<Mutex<Vec<u8>>>,
+    bytes_max: usize,
+}
+
+/// Listens to the last words of a child that has ended, but not for long.
+pub(crate) async fn hear_out(mut listening: JoinHandle<()>) {
+    if timeout(LAST_WORDS_MAX, &mut listening).await.is_err() {
+        listening.abort();
+    }
+}
 
 impl Said {
-    async fn listen(self, mut errors: pipe::Receiver) {
+    /// Keeps so many bytes, the last ones.
+    pub(crate) fn keeping(bytes_max: usize) -> Self {
+        Self { bytes: Arc::default(), bytes_max }
+    }
+
+    /// Listens until the output ends. What was heard so far can be had meanwhile.
+    pub(crate) async fn listen(self, mut output: impl AsyncRead + Unpin) {
         let mut buffer = [0; 4096];
-        while let Ok(length @ 1..) = errors.read(&mut buffer).await {
-            let mut said = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        while let Ok(length @ 1..) = output.read(&mut buffer).await {
+            let mut said = self.bytes.lock().unwrap_or_else(PoisonError::into_inner);
             said.extend_from_slice(&buffer[..length]);
-            let surplus = said.len().saturating_sub(SAID_BYTES_MAX);
+            let surplus = said.len().saturating_sub(self.bytes_max);
             said.drain(..surplus);
         }
     }
 
+    /// What was heard.
+    pub(crate) fn text(&self) -> String {
+        String::from_utf8_lossy(&self.bytes.lock().unwrap_or_else(PoisonError::into_inner)).into_owned()
+    }
+
     /// The last lines, made safe to print; empty when nothing was said.
     fn last_lines(&self) -> String {
-        let said = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let text = String::from_utf8_lossy(&said);
+        let text = self.text();
         let worded = |line: &&str| line.chars().any(char::is_alphanumeric);
         let mut lines: Vec<&str> =
             text.lines().map(str::trim).filter(worded).rev().take(SHOWN_LINES_MAX).collect();
@@ -483,8 +516,13 @@ mod tests {
         assert_eq!(error, "it ended with exit code 7: one; two\\u{1b}[1m; it printed `hello`");
         assert_eq!(told("exit 0").await, "it ended with exit code 0 and without a word");
         assert_eq!(told("kill -9 $$").await, "it was ended by signal 9 and without a word");
-        let error = told("printf 'millstream-stdio token\\r\\n'; cat").await;
-        assert!(error.starts_with("there is a terminal in between"), "{error}");
+        assert_eq!(
+            told("printf 'millstream-stdio token\\r\\n'; cat").await,
+            "there is a terminal in between, which changes bytes: leave out what asks for one, such as `-t`"
+        );
+        // No pipe of the system fails so on demand.
+        let broken = AnswerError::Broken { source: io::ErrorKind::ConnectionReset.into() };
+        assert_eq!(broken.to_string(), "the pipe to it broke: connection reset");
         let error = told("while echo again; do :; done").await;
         assert!(error.starts_with("it printed 64 KiB and no connection began: it printed `"), "{error}");
     }

@@ -3,12 +3,12 @@
 //! With `bring: yes` the command is what goes in front of a shell of the place (`ip netns exec blue`, `nsenter …`,
 //! `kubectl exec -i pod --`), and the agent is brought there.
 
-use std::{future::Future, path::PathBuf, pin::Pin, process::Command as Process, time::Duration};
+use std::{path::PathBuf, process::Command as Process, time::Duration};
 
 use millstream_common::{limits, text};
 
 use super::{
-    DialError, Dialing, Place, PlaceError, Reach, address_error,
+    DialError, Dialing, Place, PlaceError, Reach, Releasing, address_error,
     child::{AnswerError, Children},
     only_options,
     program::{self, BringError},
@@ -82,7 +82,11 @@ impl Reach for Command {
     }
 
     fn describe(&self) -> String {
-        let bring = if self.bring.is_some() { "?bring=yes" } else { "" };
+        let bring = match &self.bring {
+            None => String::new(),
+            Some(None) => "?bring=yes".to_owned(),
+            Some(Some(agent)) => format!("?bring=yes&agent={agent}"),
+        };
         format!("command://{}{bring}", text::line(self.words.iter().map(String::as_str)))
     }
 
@@ -90,12 +94,28 @@ impl Reach for Command {
         self.host.clone()
     }
 
+    fn progress(&self) -> u64 {
+        self.children.progress()
+    }
+
     fn dial_max(&self) -> Duration {
         limits::REACH_MAX
     }
 
-    fn release(&self) -> Pin<Box<dyn Future<Output = ()> + Send + '_>> {
-        Box::pin(self.children.end())
+    fn what_to_check(&self) -> String {
+        let words = text::line(self.words.iter().map(String::as_str));
+        let (line, sign) = match self.bring {
+            None => (words, "prints `millstream-stdio ready`"),
+            Some(_) => (format!("{words} sh"), "is a shell there"),
+        };
+        format!("Check by hand that `{}` {sign}", text::printable(line.as_bytes(), limits::TEXT_BYTES_MAX))
+    }
+
+    fn release(&self) -> Releasing<'_> {
+        Box::pin(async {
+            self.children.end().await;
+            Vec::new()
+        })
     }
 }
 

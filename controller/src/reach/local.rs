@@ -8,11 +8,9 @@ use std::{
     env,
     ffi::OsString,
     fs::{self, DirBuilder, File},
-    future::Future,
     io::{self, BufRead as _, BufReader, Read as _},
     os::unix::fs::DirBuilderExt as _,
     path::{Path, PathBuf},
-    pin::Pin,
     process::{Child, Command, Stdio},
 };
 
@@ -23,7 +21,7 @@ use millstream_common::{
 };
 use tokio::{net::UnixStream, sync::Mutex, task::spawn_blocking};
 
-use super::{DialError, Dialing, Reach};
+use super::{DialError, Dialing, Reach, Releasing};
 use crate::{alone::ALONE_VARIABLE, entry};
 
 /// The agent's program, when this one cannot be started again.
@@ -90,12 +88,17 @@ impl Reach for Local {
         "127.0.0.1".to_owned()
     }
 
-    fn release(&self) -> Pin<Box<dyn Future<Output = ()> + Send + '_>> {
+    fn what_to_check(&self) -> String {
+        "Check that nothing has ended the agent of the local streams, a child of this test".to_owned()
+    }
+
+    fn release(&self) -> Releasing<'_> {
         Box::pin(async {
             if let Some(agent) = self.agent.lock().await.take() {
                 // The caller waits only so long; the thread ends with the child.
                 let _ended = spawn_blocking(move || agent.end()).await;
             }
+            Vec::new()
         })
     }
 }

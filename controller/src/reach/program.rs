@@ -3,8 +3,9 @@
 //!
 //! The script is written to the standard input of a shell of the host. It becomes `stdio` when the program is there; else
 //! it asks for the program, checks what it got, gives it its name in one step, and becomes `stdio` then. So half a program
-//! never has the name, and two who bring it at once do not disturb each other. A host's own `millstream-agent` of the same
-//! version is used as it is, unless a program was named.
+//! never has the name, and two who bring it at once do not disturb each other. A host's own `millstream-agent` is used where
+//! it is the same program byte for byte, and where the one that would be brought cannot be run: on another kind of machine,
+//! or where nothing can be put. Then it is said, and never done for a program that was named.
 
 use std::{
     collections::BTreeMap,
@@ -17,18 +18,20 @@ use std::{
     pin::pin,
     process::Command,
     sync::{Arc, Mutex, PoisonError},
+    time::Duration,
 };
 
 use millstream_common::{
     clock::{Ids as _, SystemIds},
-    protocol::VERSION,
-    text::{hex, quoted},
+    text::{hex, spoken},
 };
 use sha2::{Digest as _, Sha256};
 use tokio::{
     io::{AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _},
     task::spawn_blocking,
+    time::timeout,
 };
+use tracing::info;
 
 use super::child::{Answer, AnswerError, ChildPipe, Children, Ended, is_greeting};
 use crate::entry;
@@ -39,6 +42,14 @@ const VARIABLE: &str = "MILLSTREAM_AGENT";
 const PROGRAM: &str = "millstream-agent";
 /// What the script says when the program is not there; the machine of the host follows.
 const NEED: &str = "millstream-need";
+/// What it says when the host's own program stands in; its path follows.
+const OWN: &str = "millstream-own";
+/// What it says now and then while the program comes; the bytes that have come so far follow.
+const TAKEN: &str = "millstream-taken";
+/// How long the program may not come on, before the connection is taken for stuck.
+const SILENCE_MAX: Duration = Duration::from_secs(20);
+/// As many times may be said in that while that nothing more has come.
+const STANDSTILLS_MAX: u32 = 4;
 /// With what the script ends when trying again would not help.
 const EXIT_USELESS: i32 = 120;
 /// Digits of the digest that name a copy.
@@ -60,7 +71,7 @@ pub(crate) async fn dial(
     let leads_there = PathBuf::from(shell.get_program());
     let spawned = children.spawn(shell);
     let mut pipe = spawned.map_err(|source| BringError::Spawn { program: leads_there, source })?;
-    bring(&mut pipe, &program, &SystemIds.token()).await?;
+    bring(&mut pipe, &program, &SystemIds.token(), children).await?;
     Ok(pipe)
 }
 
@@ -108,6 +119,16 @@ pub(crate) enum BringError {
         /// How it ended.
         ended: Ended,
     },
+    /// It does not arrive.
+    #[error("nothing more of the program `{}` arrived for {} after {taken} of {} bytes", path.display(), spoken(SILENCE_MAX), size_bytes)]
+    Stuck {
+        /// The program.
+        path: PathBuf,
+        /// How much had arrived.
+        taken: u64,
+        /// How much there is.
+        size_bytes: u64,
+    },
     /// The other end did not answer.
     #[error(transparent)]
     Answer(#[from] AnswerError),
@@ -124,7 +145,7 @@ impl BringError {
             | Self::DoesNotRun { .. } => true,
             Self::Answer(AnswerError::Terminal | AnswerError::Noise { .. }) => true,
             Self::Answer(AnswerError::Ended { ended, .. }) => ended.code() == Some(EXIT_USELESS),
-            Self::Answer(AnswerError::Broken { .. }) => false,
+            Self::Stuck { .. } | Self::Answer(AnswerError::Broken { .. }) => false,
         }
     }
 }
@@ -240,7 +261,12 @@ fn machine(head: &[u8]) -> Option<&'static str> {
 }
 
 /// Makes the shell behind a pipe the relay to an agent; brings the program when it is not there.
-async fn bring(pipe: &mut ChildPipe, program: &Program, token: &str) -> Result<(), BringError> {
+async fn bring(
+    pipe: &mut ChildPipe,
+    program: &Program,
+    token: &str,
+    children: &Children,
+) -> Result<(), BringError> {
     // Whoever refuses to read has ended or does so: the answer says why.
     let _told = pipe.write_all(program.script(token).as_bytes()).await;
     let mut answer = program.answer(pipe, token).await?;
@@ -249,25 +275,18 @@ async fn bring(pipe: &mut ChildPipe, program: &Program, token: &str) -> Result<(
             let (path, host) = (program.path.clone(), answer.rest);
             return Err(BringError::Machine { path, own, host });
         }
-        answer = program.send(pipe, token).await?;
+        answer = program.send(pipe, token, children).await?;
+    }
+    if answer.word == OWN {
+        let brought = program.path.display();
+        info!(own = answer.rest, %brought, "the host's own agent stands in for the one that cannot be run there");
+        answer = program.answer(pipe, token).await?;
     }
     if is_greeting(&answer) {
         return Ok(());
     }
     let ended = Ended { status: None, said: format!("it answered `{}`", answer.word) };
     Err(AnswerError::Ended { ended, noise: String::new() }.into())
-}
-
-/// Passes a file on. An error is one of reading it: why nobody takes it is learned from what comes back.
-async fn pass(path: &Path, to: &mut (impl AsyncWrite + Unpin)) -> io::Result<()> {
-    let mut file = tokio::fs::File::open(path).await?;
-    let mut piece = vec![0; PIECE_BYTES];
-    loop {
-        let length = file.read(&mut piece).await?;
-        if length == 0 || to.write_all(&piece[..length]).await.is_err() {
-            return Ok(());
-        }
-    }
 }
 
 impl Program {
@@ -277,25 +296,79 @@ impl Program {
     }
 
     /// Sends the program, and listens meanwhile: whoever does not want it any more says so, and may not read on.
-    async fn send(&self, pipe: &mut ChildPipe, token: &str) -> Result<Answer, BringError> {
+    async fn send(
+        &self,
+        pipe: &mut ChildPipe,
+        token: &str,
+        children: &Children,
+    ) -> Result<Answer, BringError> {
         let mut input = pipe.take_input();
         let sent = async {
             let Some(input) = &mut input else { return Ok(()) };
-            pass(&self.path, input).await
+            self.pass(input).await.map_err(|source| BringError::Read { path: self.path.clone(), source })
         };
         let answer = {
-            let answer = self.answer(pipe, token);
+            let answer = self.arrival(pipe, token, children);
             let (mut sent, mut answer) = (pin!(sent), pin!(answer));
             tokio::select! {
                 answer = &mut answer => answer?,
                 sent = &mut sent => {
-                    sent.map_err(|source| BringError::Read { path: self.path.clone(), source })?;
+                    sent?;
                     answer.await?
                 }
             }
         };
         pipe.put_input(input);
         Ok(answer)
+    }
+
+    /// Passes the file on. An error is one of reading it: why nobody takes it is learned from what comes back.
+    async fn pass(&self, to: &mut (impl AsyncWrite + Unpin)) -> io::Result<()> {
+        let mut file = tokio::fs::File::open(&self.path).await?;
+        let (mut piece, mut left) = (vec![0; PIECE_BYTES], self.size_bytes);
+        // Not a byte more, for what follows is the pipe's.
+        while left > 0 {
+            let most = usize::try_from(left).unwrap_or(PIECE_BYTES).min(PIECE_BYTES);
+            let length = file.read(&mut piece[..most]).await?;
+            if length == 0 {
+                return Err(io::Error::other("it has become shorter while it was read"));
+            }
+            if to.write_all(&piece[..length]).await.is_err() {
+                return Ok(());
+            }
+            left -= length as u64;
+        }
+        Ok(())
+    }
+
+    /// Waits for the answer behind the program, as long as more of it arrives.
+    async fn arrival(
+        &self,
+        pipe: &mut ChildPipe,
+        token: &str,
+        children: &Children,
+    ) -> Result<Answer, BringError> {
+        let (mut taken, mut standstills) = (0, 0);
+        loop {
+            let answered = timeout(SILENCE_MAX, self.answer(pipe, token)).await;
+            match answered {
+                Ok(Ok(answer)) if answer.word == TAKEN => {
+                    let now = answer.rest.trim().parse().unwrap_or(0);
+                    if now > taken {
+                        (taken, standstills) = (now, 0);
+                        children.progressed();
+                    } else {
+                        standstills += 1;
+                    }
+                }
+                Ok(answer) => return answer,
+                Err(_elapsed) => standstills = STANDSTILLS_MAX,
+            }
+            if standstills >= STANDSTILLS_MAX {
+                let (path, size_bytes) = (self.path.clone(), self.size_bytes);
+                return Err(BringError::Stuck { path, taken, size_bytes });
+            }
+        }
     }
 
     async fn answer(&self, pipe: &mut ChildPipe, token: &str) -> Result<Answer, BringError> {
@@ -310,22 +383,17 @@ impl Program {
     /// What the shell of the host is told.
     fn script(&self, token: &str) -> String {
         let name = format!("agent-{}", &self.digest[..NAME_DIGITS]);
-        let mut script =
-            format!("{{\ntoken={token} name={name} size={} digest={}\n", self.size_bytes, self.digest);
+        let (size, digest, machine) = (self.size_bytes, &self.digest, self.machine.unwrap_or_default());
+        let stands_in = if self.is_named { "no" } else { "yes" };
+        let mut script = format!(
+            "{{\ntoken={token} name={name} size={size} digest={digest} machine={machine} stands_in={stands_in}\n"
+        );
         let _ = match &self.how {
             How::Agent => {
                 writeln!(script, "become() {{ program=$1; exec \"$program\" stdio --greeting \"$token\"; }}")
             }
             How::Entry(become_relay) => writeln!(script, "become() {{ program=$1; {become_relay}; }}"),
         };
-        if !self.is_named {
-            let _ = writeln!(
-                script,
-                "own=$(command -v {PROGRAM}) && [ \"$(\"$own\" --version </dev/null 2>/dev/null)\" = {} ] &&\n\
-                 \texec \"$own\" stdio --greeting \"$token\"",
-                quoted(&format!("{PROGRAM} {VERSION}")),
-            );
-        }
         script.push_str(SCRIPT);
         script
     }
@@ -338,3 +406,91 @@ fn does_not_run(ended: &Ended) -> bool {
 
 /// All of it is read before any of it is done, for it is a group: the shell's own input is what the program comes by.
 const SCRIPT: &str = include_str!("program/bring.sh");
+
+#[cfg(test)]
+mod tests {
+    use std::{fs, os::unix::fs::PermissionsExt as _};
+
+    use super::*;
+
+    /// A shell with a home of its own, or what stands for one.
+    fn shell(home: &Path, words: &[&str]) -> Command {
+        let mut command = Command::new(words[0]);
+        command.args(&words[1..]).env("HOME", home).env_remove("XDG_CACHE_HOME");
+        command
+    }
+
+    fn program(directory: &Path, text: &str) -> PathBuf {
+        let path = directory.join("agent");
+        fs::write(&path, text).unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+        path
+    }
+
+    async fn refusal(agent: &Path, shell: Command) -> BringError {
+        dial(&Children::default(), shell, agent.to_str()).await.unwrap_err()
+    }
+
+    #[tokio::test]
+    async fn a_program_that_cannot_be_brought_is_told_with_what_to_do() {
+        let directory = tempfile::tempdir().unwrap();
+        let home = directory.path().join("home");
+        let absent = directory.path().join("absent");
+        let error = refusal(&absent, shell(&home, &["sh"])).await;
+        let expected =
+            format!("the program `{}` cannot be brought: no such file or directory", absent.display());
+        assert_eq!((error.to_string(), error.is_final()), (expected, true));
+
+        let agent = program(directory.path(), "#!/nonexistent/loader\n");
+        let error = refusal(&agent, shell(&home, &["sh"])).await;
+        let text = error.to_string();
+        assert!(
+            text.starts_with(&format!(
+                "`{}` does not run there: it ended with exit code 12",
+                agent.display()
+            ))
+        );
+        assert!(
+            text.ends_with(". It may need newer libraries than the host has: give `agent:` the static build"),
+            "{text}"
+        );
+        assert!(error.is_final());
+        assert_eq!(
+            BringError::NoProgram.to_string(),
+            "there is no program to bring: `millstream-agent` is neither beside this program nor in PATH, and this program has no entry. Name one with `agent:` or MILLSTREAM_AGENT, or add the line `millstream::entry!();` to the file of the test"
+        );
+    }
+
+    /// What a shell of a host does that takes some of the program and no more.
+    const STUCK: &str = "read -r _; read -r line; token=${line#token=}; token=${token%% *}\n\
+        echo \"millstream-need $token anything\"\n\
+        for taken in 3 7 7 7 7 7; do echo \"millstream-taken $token $taken\"; done; cat >/dev/null";
+
+    #[tokio::test]
+    async fn a_program_that_comes_on_is_waited_for_and_one_that_does_not_is_given_up() {
+        let directory = tempfile::tempdir().unwrap();
+        let agent = program(directory.path(), "twelve bytes");
+        let children = Children::default();
+        let stuck = shell(directory.path(), &["sh", "-c", STUCK]);
+        let error = dial(&children, stuck, agent.to_str()).await.unwrap_err();
+        let expected =
+            format!("nothing more of the program `{}` arrived for 20 s after 7 of 12 bytes", agent.display());
+        assert_eq!((error.to_string(), error.is_final()), (expected, false));
+        assert_eq!(children.progress(), 2);
+        children.end().await;
+    }
+
+    #[tokio::test]
+    async fn a_program_that_becomes_shorter_on_its_way_is_not_waited_for() {
+        let directory = tempfile::tempdir().unwrap();
+        let agent = program(directory.path(), "twelve bytes");
+        let found = find(agent.to_str()).await.unwrap();
+        fs::write(&agent, "less").unwrap();
+        let error = found.pass(&mut Vec::new()).await.unwrap_err();
+        assert_eq!(error.to_string(), "it has become shorter while it was read");
+        fs::write(&agent, "twelve bytes and more").unwrap();
+        let mut passed = Vec::new();
+        found.pass(&mut passed).await.unwrap();
+        assert_eq!(passed, b"twelve bytes");
+    }
+}

@@ -4,8 +4,6 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    future::Future,
-    pin::Pin,
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
@@ -16,7 +14,9 @@ mod allocation;
 
 use allocation::{Allocation, NodeError, Request};
 
-use super::{DialError, Dialing, Place, PlaceError, Reach, address_error, keys_error, only_options};
+use super::{
+    DialError, Dialing, Place, PlaceError, Reach, Releasing, address_error, keys_error, only_options,
+};
 use crate::definition;
 
 /// All that a definition may say.
@@ -156,8 +156,7 @@ fn described(place: &Place) -> String {
         .options
         .iter()
         .filter(|(key, _)| !["configuration", "node", "queue", "agent"].contains(&key.as_str()));
-    let words: Vec<String> =
-        shown.map(|(key, value)| format!("{key}={}", value.trim_end().replace('\n', " "))).collect();
+    let words: Vec<String> = shown.map(|(key, value)| format!("{key}={}", place.shown(key, value))).collect();
     if words.is_empty() { "any".to_owned() } else { words.join(",") }
 }
 
@@ -179,8 +178,7 @@ impl Reach for Node {
                 Ok(pipe) => Ok(Box::new(pipe) as _),
                 Err(NodeError::Pending(reason)) => Err(DialError::Pending { reason }),
                 Err(error) => {
-                    let (what, is_final) = (self.describe(), error.is_final());
-                    Err(DialError::Program { what, reason: error.to_string(), is_final })
+                    Err(DialError::Denied { reason: error.to_string(), is_final: error.is_final() })
                 }
             }
         })
@@ -199,6 +197,10 @@ impl Reach for Node {
         self.allocation.name(self.index).is_some()
     }
 
+    fn progress(&self) -> u64 {
+        self.allocation.progress(self.index)
+    }
+
     fn dial_max(&self) -> Duration {
         limits::REACH_MAX
     }
@@ -207,7 +209,11 @@ impl Reach for Node {
         self.wait + limits::REACH_MAX
     }
 
-    fn release(&self) -> Pin<Box<dyn Future<Output = ()> + Send + '_>> {
+    fn what_to_check(&self) -> String {
+        "Check what `squeue` says of its job, and `sinfo` of its node".to_owned()
+    }
+
+    fn release(&self) -> Releasing<'_> {
         Box::pin(self.allocation.release(self.index))
     }
 }

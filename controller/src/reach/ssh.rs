@@ -3,12 +3,12 @@
 //! It is the system's own client that connects, so that its keys, agent, known hosts, jump hosts and configuration hold. Each
 //! pipe is a connection of its own, which notices by itself when the other side is gone.
 
-use std::{future::Future, pin::Pin, process::Command as Process, time::Duration};
+use std::{process::Command as Process, time::Duration};
 
 use millstream_common::{limits, text};
 
 use super::{
-    DialError, Dialing, Place, PlaceError, Reach, address_error,
+    DialError, Dialing, Place, PlaceError, Reach, Releasing, address_error,
     child::{AnswerError, Children},
     keys_error, only_options,
     program::{self, BringError},
@@ -53,6 +53,7 @@ const KNOWN: &str = "log in by hand once to see and keep its key, or add it to t
 #[derive(Debug)]
 pub(crate) struct Ssh {
     host: String,
+    user: Option<String>,
     /// Arguments of the client.
     arguments: Vec<String>,
     /// The place as a person writes it.
@@ -118,6 +119,7 @@ impl Ssh {
         let description = describe(place, user.as_deref(), &host, port);
         Ok(Self {
             host,
+            user,
             arguments,
             description,
             agent: option("agent").cloned(),
@@ -151,7 +153,7 @@ fn describe(place: &Place, user: Option<&str>, host: &str, port: Option<u16>) ->
     let mut separator = '?';
     for key in ["identity", "jump", "config", "options", "agent"] {
         let Some(value) = place.options.get(key) else { continue };
-        description += &format!("{separator}{key}={}", value.trim_end().replace('\n', ","));
+        description += &format!("{separator}{key}={}", place.shown(key, value));
         separator = '&';
     }
     text::printable(description.as_bytes(), limits::TEXT_BYTES_MAX)
@@ -175,12 +177,24 @@ impl Reach for Ssh {
         self.host.clone()
     }
 
+    fn progress(&self) -> u64 {
+        self.children.progress()
+    }
+
     fn dial_max(&self) -> Duration {
         limits::REACH_MAX
     }
 
-    fn release(&self) -> Pin<Box<dyn Future<Output = ()> + Send + '_>> {
-        Box::pin(self.children.end())
+    fn what_to_check(&self) -> String {
+        let user = self.user.as_ref().map(|user| format!("{user}@")).unwrap_or_default();
+        format!("Check that `ssh {user}{}` logs in from here, with nothing to answer", self.host)
+    }
+
+    fn release(&self) -> Releasing<'_> {
+        Box::pin(async {
+            self.children.end().await;
+            Vec::new()
+        })
     }
 }
 

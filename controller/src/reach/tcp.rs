@@ -109,6 +109,10 @@ impl Reach for Tls {
     fn host(&self) -> String {
         self.host.clone()
     }
+
+    fn what_to_check(&self) -> String {
+        "Check that `millstream-agent` runs there and that its address and port are right".to_owned()
+    }
 }
 
 fn set_options(stream: &TcpStream) -> io::Result<()> {

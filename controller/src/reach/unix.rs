@@ -45,4 +45,8 @@ impl Reach for Unix {
         // An agent behind a Unix socket is on this machine, where every other one may be, too.
         "localhost".to_owned()
     }
+
+    fn what_to_check(&self) -> String {
+        "Check that `millstream-agent` runs on this machine and listens on that socket".to_owned()
+    }
 }

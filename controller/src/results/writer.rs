@@ -422,7 +422,7 @@ impl StampedLog {
     fn mark(&mut self, time_ns: u64, text: &[u8]) -> Result<(), WriteResultsError> {
         // What was begun before the mark must not seem to belong to what comes after it.
         self.finish_lines()?;
-        let text = millstream_common::text::printable(text, millstream_common::limits::TEXT_BYTES_MAX);
+        let text = millstream_common::text::printable(text, millstream_common::limits::SENTENCE_BYTES_MAX);
         self.stamped.line(time_ns, " -------- ", text.as_bytes());
         self.write_when_full()
     }

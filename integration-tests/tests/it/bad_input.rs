@@ -123,7 +123,7 @@ fn an_agent_that_cannot_be_reached_is_named_with_the_attempt() {
         "unix:///nowhere/agent.sock",
         exec(["true"]),
         &expect![
-            "task 1-true on stream x (localhost): error (unreachable): unix:///nowhere/agent.sock could not be reached in 30 s (N attempts): failed to connect to unix:///nowhere/agent.sock: no such file or directory. Check that `millstream-agent` runs there and that its address and port are right"
+            "task 1-true on stream x (localhost): error (unreachable): unix:///nowhere/agent.sock could not be reached in 30 s (N attempts): failed to connect to unix:///nowhere/agent.sock: no such file or directory. Check that `millstream-agent` runs on this machine and listens on that socket"
         ],
     );
 }

@@ -2,8 +2,10 @@
 
 use std::{
     fs,
+    os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
     process::Command,
+    time::UNIX_EPOCH,
 };
 
 use millstream::{Definition, Params, Result, Streams, conformance::check, shell};
@@ -164,6 +166,112 @@ fn a_program_for_other_machines_is_not_brought() {
         )),
         "{told}"
     );
+}
+
+#[test]
+fn a_block_has_the_mask_of_whoever_came_and_not_that_of_the_way() {
+    let (program, directory) = (Program::new(), tempfile::tempdir().unwrap());
+    let place = format!("HOME={}", directory.path().display());
+    let prefix = ["env", "-u", "XDG_CACHE_HOME", &place, "sh", "-c", "umask 027; exec \"$@\"", "sh"];
+    block_on(async {
+        let streams = open("mask", directory.path())?;
+        // As it was brought, and as it was found.
+        for name in ["one", "two"] {
+            let stream = streams.add(name, brought(&prefix, &program.path()))?;
+            assert_eq!(stream.run_fg(shell("umask")).await?.stdout().trim(), "0027");
+        }
+        streams.close().await
+    })
+    .unwrap();
+    wait_until_gone(&cached(directory.path())[0]);
+}
+
+/// The path of a place where a program is installed as `millstream-agent`.
+fn with_its_own(directory: &Path, program: &Path) -> String {
+    let installed = directory.join("installed");
+    fs::create_dir(&installed).unwrap();
+    fs::hard_link(program, installed.join("millstream-agent")).unwrap();
+    format!("PATH={}:/usr/bin:/bin", installed.display())
+}
+
+#[test]
+fn the_same_program_is_not_brought_where_it_is_installed() {
+    let program = Program::new();
+    let directory = tempfile::tempdir_in(program.path().parent().unwrap()).unwrap();
+    let path = with_its_own(directory.path(), &program.path());
+    let place = format!("HOME={}", directory.path().display());
+    block_on(async {
+        let streams = open("same", directory.path())?;
+        let definition = brought(&["env", "-u", "XDG_CACHE_HOME", &place, &path], &program.path());
+        streams.add("one", definition)?.run_fg(shell("true")).await?;
+        streams.close().await
+    })
+    .unwrap();
+    assert_eq!(cached(directory.path()), Vec::<PathBuf>::new());
+    wait_until_gone(&directory.path().join("installed/millstream-agent"));
+}
+
+#[test]
+fn another_program_stands_in_only_where_one_cannot_be_run_that_nobody_named() {
+    let (program, other) = (Program::new(), Program::of_its_own());
+    let directory = tempfile::tempdir_in(program.path().parent().unwrap()).unwrap();
+    let path = with_its_own(directory.path(), &program.path());
+    let place = format!("HOME={}", directory.path().display());
+    // It says that it is a machine of another kind.
+    let uname = directory.path().join("installed/uname");
+    fs::write(&uname, "#!/bin/sh\necho vax\n").unwrap();
+    fs::set_permissions(&uname, fs::Permissions::from_mode(0o755)).unwrap();
+    let prefix = ["env", "-u", "XDG_CACHE_HOME", &place, &path];
+    let told = refusal(brought(&prefix, &other.path()));
+    assert!(told.contains("the host is of the kind vax"), "{told}");
+
+    let yaml = directory.path().join("lab.yaml");
+    let command = prefix.map(|word| format!("'{word}'")).join(", ");
+    fs::write(&yaml, format!("streams:\n  a: {{type: command, command: [{command}], bring: yes}}\n"))
+        .unwrap();
+    // What would be brought is another one than that which is installed there.
+    let near = directory.path().join("near");
+    fs::create_dir(&near).unwrap();
+    fs::copy(other.path(), near.join("millstream-agent")).unwrap();
+    let mut test = Command::new(tools::beside_this_program("controller-under-test"));
+    test.arg(&yaml).arg(directory.path().join("results")).args(["a", "echo from there"]);
+    test.env_remove("MILLSTREAM_AGENT").env("PATH", format!("{}:/usr/bin:/bin", near.display()));
+    let said = tools::both(&tools::output(&mut test));
+    assert!(said.contains("from there"), "{said}");
+    wait_until_gone(&directory.path().join("installed/millstream-agent"));
+}
+
+#[test]
+fn programs_that_run_are_not_among_those_that_are_removed_for_their_age() {
+    let directory = tempfile::tempdir().unwrap();
+    let place = format!("HOME={}", directory.path().display());
+    let prefix = ["env", "-u", "XDG_CACHE_HOME", &place];
+    let kept = directory.path().join(".cache/millstream");
+    let oldest = Program::of_its_own();
+    let streams = open("running", directory.path()).unwrap();
+    block_on(async {
+        let stream = streams.add("oldest", brought(&prefix, &oldest.path()))?;
+        stream.run_fg(shell("true")).await?;
+        let [running] = &cached(directory.path())[..] else { panic!("one copy") };
+        for number in 0..6 {
+            let old = kept.join(format!("agent-{number}"));
+            fs::write(&old, "").unwrap();
+        }
+        fs::File::open(running).unwrap().set_times(fs::FileTimes::new().set_accessed(UNIX_EPOCH)).unwrap();
+        // Bringing another one tidies.
+        let other = Program::of_its_own();
+        streams.add("other", brought(&prefix, &other.path()))?.run_fg(shell("true")).await?;
+        assert!(running.exists());
+        let left = cached(directory.path());
+        assert_eq!(left.len(), 6, "{left:?}");
+        // A session of its own is another supervisor, which is the program started again.
+        let again = open("again", directory.path())?;
+        again.add("oldest", brought(&prefix, &oldest.path()))?.run_fg(shell("true")).await?;
+        again.close().await?;
+        streams.close().await
+    })
+    .unwrap();
+    cached(directory.path()).iter().for_each(|program| wait_until_gone(program));
 }
 
 #[test]

@@ -2,6 +2,7 @@
 
 use std::{
     io::{BufRead as _, BufReader},
+    os::unix::fs::MetadataExt as _,
     path::Path,
     process::{Command, Stdio},
     sync::Arc,
@@ -230,23 +231,71 @@ fn what_an_engine_refuses_is_told_whole_with_the_next_step() {
 }
 
 #[test]
-#[ignore = "needs root and podman: integration-tests/run"]
-fn a_task_is_told_lost_when_its_container_is_killed() {
-    let engine = Engine::podman();
+#[ignore = "needs root, podman and docker: integration-tests/run"]
+fn a_container_that_is_killed_is_told_and_followed_by_another_one() {
+    for engine in [Engine::podman(), Engine::docker()] {
+        is_followed(
+            &engine,
+            "always",
+            "is gone: somebody has ended or removed it, or has killed the agent in it",
+        );
+        assert_eq!(engine.containers(), [""; 0]);
+        is_followed(&engine, "on-success", "has ended with exit code 137");
+        let mut kept = engine.containers();
+        kept.sort();
+        // One of its tasks has failed.
+        assert_eq!(kept, ["mortal exited", "mortal-ended-1 exited"]);
+    }
+}
+
+fn is_followed(engine: &Engine, remove: &str, fate: &str) {
     let results = tempfile::tempdir().unwrap();
     block_on(async {
         let streams =
             Streams::builder("killed").results_dir(results.path()).lease(Duration::from_secs(3)).open()?;
-        let definition = definition(&engine).key("image", "box").key("name", "mortal");
-        let task =
-            streams.add("mortal", definition)?.run_bg(shell("echo begun; exec /bin/busybox sleep 1000"));
+        let definition = definition(engine).key("image", "box").key("name", "mortal").key("remove", remove);
+        let stream = streams.add("mortal", definition)?;
+        let task = stream.run_bg(shell("echo here >/kept; echo begun; exec /bin/busybox sleep 1000"));
         task.ready(millstream::Ready::log("begun")).await?;
         engine.run(&["kill", "mortal"]);
         let outcome = task.outcome().await;
         assert_eq!(outcome.kind, OutcomeKind::Lost, "{outcome}");
+        let told = format!("the container `mortal` {fate}; whatever runs there next gets a new one");
+        assert!(outcome.detail.contains(&told), "{outcome}");
+        let next = stream.run_fg(shell("cat /kept 2>/dev/null || echo new")).await?;
+        assert_eq!(next.stdout(), "new\n");
         streams.close().await?;
         millstream::Result::<()>::Ok(())
     })
     .unwrap();
-    assert_eq!(engine.containers(), [""; 0]);
+    let log = std::fs::read_to_string(results.path().join("killed/debug.log")).unwrap();
+    assert!(log.contains("session lost: ") && log.contains("gets a new one"), "{log}");
+}
+
+#[test]
+#[ignore = "needs root, podman and docker: integration-tests/run"]
+fn what_a_dead_test_has_made_and_never_started_is_removed_by_the_next() {
+    for engine in [Engine::podman(), Engine::docker()] {
+        // As a test that was killed between the two leaves it, which was this process before this boot's first tick.
+        let dead = |pid: u32| {
+            let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap();
+            let namespace = std::fs::metadata("/proc/self/ns/pid").unwrap().ino();
+            format!("millstream.owner={}/{namespace}/{pid}/0", boot.trim())
+        };
+        let own = std::process::id();
+        engine.run(&["create", "--name", "begun", "--label", &dead(own), "box", "/bin/sh"]);
+        engine.run(&["create", "--name", "foreign", "--label", "millstream.owner=x/1/2/0", "box", "/bin/sh"]);
+        engine.run(&["create", "--name", "others", "box", "/bin/sh"]);
+        let results = tempfile::tempdir().unwrap();
+        block_on(async {
+            let streams = open(results.path());
+            streams.add("box", definition(&engine).key("image", "box"))?.run_fg(shell("true")).await?;
+            streams.close().await?;
+            millstream::Result::<()>::Ok(())
+        })
+        .unwrap();
+        let mut left = engine.containers();
+        left.sort();
+        assert_eq!(left, ["foreign created", "others created"]);
+    }
 }

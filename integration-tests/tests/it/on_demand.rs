@@ -4,7 +4,7 @@
 use std::{
     fs,
     io::{BufRead as _, BufReader, Read as _, Write as _},
-    os::unix::fs::MetadataExt as _,
+    os::unix::fs::{MetadataExt as _, PermissionsExt as _},
     path::{Path, PathBuf},
     process::{Child, ChildStdin, ChildStdout, Command, Stdio},
 };
@@ -282,4 +282,54 @@ fn the_agent_of_the_system_is_used_in_its_own_network_only() {
     program.wait_until_gone();
     system.kill().unwrap();
     system.wait().unwrap();
+}
+
+#[test]
+fn an_agent_removes_what_killed_ones_have_left_elsewhere() {
+    let (dead, other) = (Program::new(), Program::new());
+    let mut relay = dead.stdio("100ms");
+    relay.talk();
+    let left = dead.state();
+    processes::kill(dead.agents()[0]);
+    relay.child.wait().unwrap();
+    assert!(left.exists());
+    // One that is held is somebody's, and so is one whose agent lives.
+    let alive = Program::new();
+    let mut held = alive.stdio("100ms");
+    held.talk();
+    let kept = alive.state();
+    let mut relay = other.stdio("100ms");
+    relay.talk();
+    wait_until_true("what the killed one had left is removed", SOON, || !left.exists());
+    assert!(kept.exists());
+    for relay in [relay, held] {
+        relay.end();
+    }
+    other.wait_until_gone();
+    alive.wait_until_gone();
+}
+
+#[test]
+#[ignore = "needs root: integration-tests/run"]
+fn what_other_users_and_programs_have_is_not_swept() {
+    let program = Program::new();
+    let foreign = Path::new("/tmp/millstream-0-00000000aa");
+    let (programs, file) =
+        (Path::new("/tmp/millstream-0-not-one"), Path::new("/tmp/millstream-0-00000000ab"));
+    fs::create_dir(foreign).unwrap();
+    std::os::unix::fs::chown(foreign, Some(65_534), Some(65_534)).unwrap();
+    fs::create_dir(programs).unwrap();
+    fs::write(file, "").unwrap();
+    let swept = Path::new("/tmp/millstream-0-00000000ac");
+    fs::create_dir(swept).unwrap();
+    fs::set_permissions(swept, fs::Permissions::from_mode(0o711)).unwrap();
+    let mut relay = program.stdio("100ms");
+    relay.talk();
+    wait_until_true("an empty one is removed", SOON, || !swept.exists());
+    relay.end();
+    program.wait_until_gone();
+    assert!(foreign.exists() && programs.exists() && file.exists());
+    fs::remove_dir(foreign).unwrap();
+    fs::remove_dir(programs).unwrap();
+    fs::remove_file(file).unwrap();
 }

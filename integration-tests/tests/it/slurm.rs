@@ -2,6 +2,7 @@
 
 use std::{
     io::{BufRead as _, BufReader},
+    path::Path,
     process::{Command, Stdio},
 };
 
@@ -10,20 +11,22 @@ use millstream::{
     Definition, OutcomeKind, Ready, Result, Streams, StreamsBuilder, conformance::check, shell,
 };
 use millstream_integration_tests::{
+    processes,
     slurm::{Cluster, PARTITION},
     tools,
     wait::{wait_until, wait_until_true},
 };
+
+use rustix::process::{Pid, Signal, kill_process_group};
 
 use crate::{
     conformance::{is_sound, survivor},
     support::{SOON, block_on},
 };
 
-/// Tells the node and the job that its agent is on, and meets the others.
+/// Tells the node and the job that it is on, and meets the others.
 const TELLS_NODE: &str = r#"
-    of_agent() { tr '\0' '\n' <"/proc/$PPID/environ" | sed -n "s/^$1=//p"; }
-    echo "$(of_agent SLURMD_NODENAME) $(of_agent SLURM_JOB_ID)"
+    echo "$SLURMD_NODENAME $SLURM_NODEID/$SLURM_NNODES $SLURM_JOB_NODELIST $SLURM_NODELIST ${SLURM_STEP_ID-} $SLURM_JOB_ID"
     millstream-sync barrier met 3 >/dev/null
 "#;
 
@@ -76,8 +79,9 @@ fn streams_of_one_allocation_are_its_nodes() {
         for task in &tasks {
             told.push(task.wait().await?.stdout());
         }
-        let job = told[0].strip_prefix("n1 ").unwrap();
-        assert_eq!(told[1..], [format!("n2 {job}"), format!("n2 {job}")]);
+        let job = told[0].strip_prefix("n1 0/2 n1,n2 n1,n2  ").unwrap_or_else(|| panic!("{told:?}"));
+        let other = format!("n2 1/2 n1,n2 n1,n2  {job}");
+        assert_eq!(told[1..], [other.clone(), other]);
         let hosts: Vec<String> =
             streams.slice(0..3).unwrap().iter().map(|stream| stream.host().to_owned()).collect();
         assert_eq!(hosts, ["n1", "n2", "n2"]);
@@ -124,7 +128,7 @@ fn what_the_scheduler_refuses_is_told_whole() {
         let streams = builder(&cluster, "refused").stream("a", definition).open()?;
         let outcome = streams.get("a")?.run_bg(shell("true").allow_failure()).outcome().await;
         assert_eq!(outcome.kind, OutcomeKind::Error);
-        expect!["slurm://partition=no-such-partition/1: `slurm://partition=no-such-partition/1` gives no connection: the allocation was refused: it ended with exit code 1: salloc: error: invalid partition specified: no-such-partition; salloc: error: Job submit/allocate failed: Invalid partition name specified"].assert_eq(&outcome.detail);
+        expect!["slurm://partition=no-such-partition/1: the allocation was refused: it ended with exit code 1: salloc: error: invalid partition specified: no-such-partition; salloc: error: Job submit/allocate failed: Invalid partition name specified"].assert_eq(&outcome.detail);
         streams.close().await
     });
 }
@@ -154,6 +158,11 @@ fn an_allocation_that_ends_by_itself_loses_its_tasks_and_is_not_asked_for_again(
 
 /// Starts a test in a process of its own; its standard output is read by the caller.
 fn victim(cluster: &Cluster, text: &str) -> std::process::Child {
+    victim_with(cluster, text, None)
+}
+
+/// As [`victim`], with programs that stand before the system's.
+fn victim_with(cluster: &Cluster, text: &str, programs: Option<&Path>) -> std::process::Child {
     let definitions = cluster.directory().join("victim.yaml");
     std::fs::write(
         &definitions,
@@ -166,6 +175,9 @@ fn victim(cluster: &Cluster, text: &str) -> std::process::Child {
     .unwrap();
     let mut command = Command::new(tools::beside_this_program("controller-under-test"));
     command.arg(&definitions).arg(cluster.directory().join("results")).args(["a", text]);
+    if let Some(programs) = programs {
+        command.env("PATH", format!("{}:{}", programs.display(), std::env::var("PATH").unwrap()));
+    }
     cluster.namespace().spawn(command.stdout(Stdio::piped())).unwrap()
 }
 
@@ -183,6 +195,43 @@ fn a_killed_test_gives_its_allocation_back_whether_it_was_granted_or_not() {
         child.wait().unwrap();
     }
     wait_until("both are given back", SOON, || cluster.jobs().is_empty().then_some(()));
-    let left = || millstream_integration_tests::processes::with_argument("76543219");
+    let left = || processes::with_argument("76543219");
     wait_until_true("what ran there has ended", SOON, || left().is_empty());
+}
+
+#[test]
+#[ignore = "needs root and Slurm (integration-tests/setup): integration-tests/run"]
+fn an_allocation_is_given_back_although_its_holder_was_killed_with_its_test() {
+    let cluster = Cluster::start(1);
+    let mut test = victim(&cluster, "echo begun; exec sleep 76543220");
+    let mut lines = BufReader::new(test.stdout.take().unwrap()).lines();
+    assert!(lines.any(|line| line.unwrap().contains("begun")));
+    // The shell that holds it, and with it salloc, which gives nothing back so.
+    let holders: Vec<u32> = processes::children(test.id())
+        .into_iter()
+        .filter(|pid| processes::with_argument("hold").contains(pid))
+        .collect();
+    let [holder] = holders[..] else { panic!("{holders:?}") };
+    let group = Pid::from_raw(i32::try_from(holder).unwrap()).unwrap();
+    kill_process_group(group, Signal::KILL).unwrap();
+    assert_eq!(cluster.jobs().len(), 1);
+    test.kill().unwrap();
+    test.wait().unwrap();
+    wait_until("it is given back", SOON, || cluster.jobs().is_empty().then_some(()));
+}
+
+#[test]
+#[ignore = "needs root and Slurm (integration-tests/setup): integration-tests/run"]
+fn a_step_that_hangs_keeps_no_allocation() {
+    let cluster = Cluster::start(1);
+    // A node that is stopped takes no step and refuses none.
+    let script = cluster.directory().join("srun");
+    std::fs::write(&script, "#!/bin/sh\ntrap '' TERM\nwhile :; do sleep 1; done\n").unwrap();
+    tools::run(Command::new("chmod").arg("755").arg(&script));
+    let mut test = victim_with(&cluster, "true", Some(cluster.directory()));
+    wait_until_true("the step hangs", SOON, || !processes::with_argument(tools::text(&script)).is_empty());
+    assert_eq!(cluster.jobs().len(), 1);
+    // It closes its streams when its two attempts of half a minute are over.
+    wait_until("it is given back", 4 * SOON, || cluster.jobs().is_empty().then_some(()));
+    test.wait().unwrap();
 }

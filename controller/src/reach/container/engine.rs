@@ -8,11 +8,11 @@ use std::{
 use millstream_common::text::printable;
 use tokio::process::Command;
 
-use super::super::child::AnswerError;
+use super::super::child::{AnswerError, Said, hear_out};
 
 /// The most of a command that is quoted.
 const ASKED_BYTES_MAX: usize = 512;
-/// The most that an engine is listened to when it refuses.
+/// What is kept of each output of an engine: its end.
 const SAID_BYTES_MAX: usize = 64 * 1024;
 /// How much is quoted of the beginning of what it says, and of the end.
 const QUOTED_BYTES_MAX: (usize, usize) = (1024, 2048);
@@ -72,6 +72,11 @@ impl EngineError {
             Self::Missing { .. } | Self::Start { .. } => false,
         }
     }
+
+    /// Whether the engine is doing already what it refuses.
+    pub(super) fn is_under_way(&self) -> bool {
+        matches!(self, Self::Refused { said, .. } if found_in(&["already in progress"], said))
+    }
 }
 
 impl Engine {
@@ -110,26 +115,36 @@ impl Engine {
     /// # Cancel safety
     /// The engine's command is killed when this is dropped; what the engine has done until then stays done.
     pub(super) async fn run(&self, arguments: &[String]) -> Result<String, EngineError> {
+        let failed = |source| self.not_started(arguments, source);
         let mut command = Command::from(self.command(arguments));
-        let output = command.stdin(Stdio::null()).kill_on_drop(true).output().await;
-        let output = output.map_err(|source| self.not_started(arguments, source))?;
-        if output.status.success() {
-            return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = command.kill_on_drop(true).spawn().map_err(failed)?;
+        let (output, errors) = (Said::keeping(SAID_BYTES_MAX), Said::keeping(SAID_BYTES_MAX));
+        let listening = [
+            child.stdout.take().map(|pipe| tokio::spawn(output.clone().listen(pipe))),
+            child.stderr.take().map(|pipe| tokio::spawn(errors.clone().listen(pipe))),
+        ];
+        let status = child.wait().await.map_err(failed)?;
+        // What it has left running may hold its outputs open.
+        for listening in listening.into_iter().flatten() {
+            hear_out(listening).await;
         }
-        let said = said(&output.stderr).or_else(|| said(&output.stdout));
+        if status.success() {
+            return Ok(output.text());
+        }
+        let said = lines(&errors.text()).or_else(|| lines(&output.text()));
         Err(EngineError::Refused {
             asked: self.asked(arguments),
-            status: output.status,
+            status,
             said: said.unwrap_or_else(|| "it said nothing".to_owned()),
         })
     }
 }
 
-/// All lines of an output in one.
-fn said(output: &[u8]) -> Option<String> {
-    let text = String::from_utf8_lossy(output);
+/// All lines of a text in one.
+fn lines(text: &str) -> Option<String> {
     let lines: Vec<&str> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
-    (!lines.is_empty()).then(|| printable(lines.join("; ").as_bytes(), SAID_BYTES_MAX))
+    (!lines.is_empty()).then(|| printable(lines.join("; ").as_bytes(), usize::MAX))
 }
 
 /// How a command ended, as people say it.

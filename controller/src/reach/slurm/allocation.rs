@@ -1,8 +1,8 @@
 //! One allocation of a Slurm cluster, and the ways to its nodes.
 //!
 //! It is asked for when the first of its nodes is dialled, held by a child process whose input is ours, and given back when
-//! that input ends: when the last node was released, when this is dropped, when this process dies in any way. What of a
-//! step outlives the step is for the cluster to decide; so one step of each node stays for as long as the node is used,
+//! that input ends: when the last node was released, when this is dropped, when this process dies in any way, its holder
+//! with it or not. What of a step outlives the step is for the cluster to decide; so one step of each node stays for as long as the node is used,
 //! and has the agent, while every pipe is a step of its own beside it.
 
 use std::{
@@ -19,12 +19,11 @@ use std::{
 use millstream_common::{
     clock::{Ids as _, SystemIds},
     pipe,
-    text::printable,
+    text::{counted, printable, spoken},
 };
 use millstream_proto::v1::{self, agent_service_client::AgentServiceClient};
 use tokio::{process, sync::Mutex, time::timeout};
 use tonic::transport::Channel;
-use tracing::warn;
 
 use crate::reach::{
     child::{AnswerError, ChildPipe, Children},
@@ -44,6 +43,11 @@ const PREFIXES: [&str; 3] = ["SLURM_", "SALLOC_", "SRUN_"];
 /// What says where the cluster is.
 const KEPT: [&str; 2] = ["SLURM_CONF", "SLURM_CONF_SERVER"];
 
+/// What of a step's variables is true of the whole job or of the node, and meant for whatever runs there.
+const PASSED_ON: &str = "SLURM_JOB_* SLURM_JOBID SLURM_CLUSTER_NAME SLURM_CONF SLURM_CPUS_ON_NODE SLURM_SUBMIT_* \
+                         SLURM_TOPOLOGY_* SLURMD_NODENAME CUDA_VISIBLE_DEVICES GPU_DEVICE_ORDINAL ROCR_VISIBLE_DEVICES \
+                         ZE_AFFINITY_MASK";
+
 /// Why there is no pipe to a node.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum NodeError {
@@ -62,7 +66,7 @@ pub(super) enum NodeError {
         why: String,
     },
     /// It has fewer nodes than were asked for.
-    #[error("allocation {job} has {count} nodes, and this stream is on its node {node}")]
+    #[error("allocation {job} has {}, and this stream is on its node {node}", counted(*count, "node"))]
     NoNode {
         /// Number of the job.
         job: String,
@@ -168,16 +172,23 @@ struct Holder {
 /// The agent of one node, held by a connection of its own.
 type Keeper = AgentServiceClient<Channel>;
 
+/// The steps on one node.
+#[derive(Debug, Default)]
+struct Steps {
+    all: Children,
+    keeper: Mutex<Option<Keeper>>,
+}
+
 /// One allocation.
 #[derive(Debug)]
 pub(super) struct Allocation {
     pub(super) request: Request,
     /// The child that holds it.
     holders: Children,
-    /// The steps.
-    steps: Children,
     held: Mutex<Held>,
-    keepers: Vec<Mutex<Option<Keeper>>>,
+    /// How the request stood when somebody asked last.
+    standing: StdMutex<String>,
+    nodes: Vec<Steps>,
     /// Nodes that are used, from 0, and the names of all as far as they are known.
     used: StdMutex<(BTreeSet<usize>, Vec<String>)>,
 }
@@ -186,9 +197,9 @@ impl Allocation {
     pub(super) fn new(request: Request) -> Self {
         Self {
             holders: Children::default(),
-            steps: Children::default(),
             held: Mutex::default(),
-            keepers: (0..request.nodes).map(|_| Mutex::default()).collect(),
+            standing: StdMutex::new("the scheduler has not decided yet".to_owned()),
+            nodes: (0..request.nodes).map(|_| Steps::default()).collect(),
             used: StdMutex::default(),
             request,
         }
@@ -198,9 +209,18 @@ impl Allocation {
         self.used.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn standing(&self) -> MutexGuard<'_, String> {
+        self.standing.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// The name of a node, once it is known.
     pub(super) fn name(&self, node: usize) -> Option<String> {
         self.used().1.get(node).cloned()
+    }
+
+    /// How often something large came on, on its way to a node.
+    pub(super) fn progress(&self, node: usize) -> u64 {
+        self.nodes[node].all.progress()
     }
 
     /// A pipe to the agent of a node, from 0.
@@ -218,32 +238,50 @@ impl Allocation {
         let (this, name_there, job_there) = (Arc::clone(self), name.clone(), job.clone());
         let kept = tokio::spawn(async move { this.keep(node, &name_there, &job_there).await });
         kept.await.expect("keeping a node does not panic and is not given up")?;
-        self.step(name, &job).await
+        self.step(node, name, &job).await
     }
 
-    /// A node is not used any more; with the last one the allocation is given back.
-    pub(super) async fn release(&self, node: usize) {
-        self.keepers[node].lock().await.take();
+    /// A node is not used any more; with the last one the allocation is given back. What could not be is told.
+    ///
+    /// # Cancel safety
+    /// It goes on when the caller has waited long enough.
+    pub(super) async fn release(self: &Arc<Self>, node: usize) -> Vec<String> {
+        let this = Arc::clone(self);
+        let releasing = tokio::spawn(async move { this.let_go(node).await });
+        releasing.await.expect("nothing in it panics, and it is not given up")
+    }
+
+    async fn let_go(&self, node: usize) -> Vec<String> {
+        let steps = &self.nodes[node];
+        // The agent first, which has things to tidy. One that is just coming goes with its step, which may hang.
+        if let Ok(mut keeper) = steps.keeper.try_lock() {
+            keeper.take();
+        }
+        steps.all.end().await;
+        steps.keeper.lock().await.take();
         let is_last = {
             let mut used = self.used();
-            used.0.remove(&node);
-            used.0.is_empty()
+            used.0.remove(&node) && used.0.is_empty()
         };
-        if is_last {
-            // First the agents, which have things to tidy.
-            self.steps.end().await;
-            let held = std::mem::take(&mut *self.held.lock().await);
-            if let Held::Asked(holder) | Held::Granted(holder, _) = &held {
-                self.request.give_back(&holder.job_name).await;
-            }
-            drop(held);
-            self.holders.end().await;
+        if !is_last {
+            return Vec::new();
         }
+        let held = std::mem::take(&mut *self.held.lock().await);
+        let left = match &held {
+            Held::Asked(holder) | Held::Granted(holder, _) => self.request.give_back(&holder.job_name).await,
+            Held::Nothing | Held::Over(..) => None,
+        };
+        drop(held);
+        self.holders.end().await;
+        left.into_iter().collect()
     }
 
     /// Waits a moment until the scheduler has granted it, which is asked to when it was not yet.
     async fn granted(&self) -> Result<Job, NodeError> {
-        let mut held = self.held.lock().await;
+        // Somebody else may be asking, who also finds out how it stands.
+        let Ok(mut held) = timeout(LOOK, self.held.lock()).await else {
+            return Err(NodeError::Pending(self.standing().clone()));
+        };
         if let Held::Nothing = &*held {
             *held = Held::Asked(self.ask()?);
         }
@@ -273,7 +311,11 @@ impl Allocation {
                     *held = Held::Nothing;
                     Err(NodeError::Refused(error))
                 }
-                Err(_elapsed) => Err(NodeError::Pending(self.request.standing(&holder.job_name).await)),
+                Err(_elapsed) => {
+                    let standing = self.request.standing(&holder.job_name).await;
+                    self.standing().clone_from(&standing);
+                    Err(NodeError::Pending(standing))
+                }
             },
         }
     }
@@ -284,7 +326,7 @@ impl Allocation {
         let given = if self.request.name.is_empty() { "test" } else { &self.request.name };
         let job_name = format!("millstream-{given}-{}", &token[..8]);
         let mut command = self.request.command("sh");
-        command.args(["-c", include_str!("hold.sh"), "hold", &token, "--job-name", &job_name, "--nodes"]);
+        command.args(["-c", include_str!("hold.sh"), "hold", &token, &job_name, "--nodes"]);
         command.arg(self.request.nodes.to_string()).args(&self.request.arguments);
         let spawned = self.holders.spawn(command);
         let pipe = spawned.map_err(|source| NodeError::Spawn { program: "sh", source })?;
@@ -293,14 +335,14 @@ impl Allocation {
 
     /// Has a step on a node that stays, and so an agent.
     async fn keep(&self, node: usize, name: &str, job: &Job) -> Result<(), NodeError> {
-        let mut keeper = self.keepers[node].lock().await;
+        let mut keeper = self.nodes[node].keeper.lock().await;
         if let Some(agent) = &mut *keeper
             && answers(agent).await.is_ok()
         {
             return Ok(());
         }
         *keeper = None;
-        let pipe = self.step(name, job).await?;
+        let pipe = self.step(node, name, job).await?;
         let silent = |why: String| NodeError::Silent { node: name.to_owned(), why };
         let channel = timeout(ANSWER_MAX, pipe::endpoint_channel(|| async { Ok(Box::new(pipe) as _) })).await;
         let channel = channel.map_err(|_| silent("nothing came".to_owned()))?;
@@ -311,9 +353,9 @@ impl Allocation {
     }
 
     /// One more step on a node, which becomes a relay to the agent of the node.
-    async fn step(&self, node: &str, job: &Job) -> Result<ChildPipe, NodeError> {
+    async fn step(&self, node: usize, name: &str, job: &Job) -> Result<ChildPipe, NodeError> {
         let mut command = self.request.command("srun");
-        command.arg(format!("--jobid={}", job.number)).arg(format!("--nodelist={node}"));
+        command.arg(format!("--jobid={}", job.number)).arg(format!("--nodelist={name}"));
         command.args([
             "--nodes=1",
             "--ntasks=1",
@@ -322,13 +364,26 @@ impl Allocation {
             "--cpu-bind=none",
             "--mpi=none",
         ]);
+        command.args(["--chdir=/", "--export=ALL", "sh"]);
         // The agent is for this job alone: it ends with it, and so does whatever it runs.
-        command
-            .arg("--chdir=/")
-            .arg(format!("--export=ALL,MILLSTREAM_PLACE=slurm-{}-{node}", job.number))
-            .arg("sh");
-        let dialled = program::dial(&self.steps, command, self.request.agent.as_deref()).await;
-        dialled.map_err(|source| NodeError::Bring { node: node.to_owned(), source })
+        command.env("MILLSTREAM_PLACE", format!("slurm-{}-{name}", job.number));
+        command.env("MILLSTREAM_PLACE_VARIABLES", job.variables(node));
+        let agent = self.request.agent.as_deref();
+        let dialled = program::dial(&self.nodes[node].all, command, agent).await;
+        dialled.map_err(|source| NodeError::Bring { node: name.to_owned(), source })
+    }
+}
+
+impl Job {
+    /// The variables that blocks on a node have, besides the usual ones: those of the job and of the node, as a batch script
+    /// has them, and what the scheduler says of devices. What is about the agent's own step is not for them; a step finds
+    /// its own nodes for those of the job.
+    fn variables(&self, node: usize) -> String {
+        let (count, names) = (self.nodes.len(), self.nodes.join(","));
+        format!(
+            "{PASSED_ON} SLURM_NODEID={node} SLURM_NNODES={count} SLURM_JOB_NUM_NODES={count} SLURM_NODELIST={names} \
+             SLURM_JOB_NODELIST={names}"
+        )
     }
 }
 
@@ -362,15 +417,18 @@ impl Request {
 
     /// Tells the scheduler that the allocation is not wanted any more. The end of its holder says the same, but a holder is not
     /// waited for as long as a busy scheduler may take.
-    async fn give_back(&self, job_name: &str) {
+    async fn give_back(&self, job_name: &str) -> Option<String> {
         let mut scancel = process::Command::from(self.command("scancel"));
         scancel.args(["--quiet", "--name", job_name]).kill_on_drop(true);
-        match timeout(WORDS_MAX, scancel.output()).await {
-            Ok(Ok(output)) if output.status.success() => {}
-            Ok(Ok(output)) => warn!(job_name, said = printable(&output.stderr, 512), "scancel failed"),
-            Ok(Err(error)) => warn!(job_name, %error, "scancel cannot be started"),
-            Err(_elapsed) => warn!(job_name, "scancel does not answer"),
-        }
+        let why = match timeout(WORDS_MAX, scancel.output()).await {
+            Ok(Ok(output)) if output.status.success() => return None,
+            Ok(Ok(output)) => format!("it ended with {}: {}", output.status, printable(&output.stderr, 512)),
+            Ok(Err(error)) => millstream_common::tls::reason(&error),
+            Err(_elapsed) => format!("it did not answer within {}", spoken(WORDS_MAX)),
+        };
+        Some(format!(
+            "`scancel --name {job_name}` should give the allocation back: {why}; its holder goes on trying"
+        ))
     }
 
     /// How a request stands that was not granted yet, in words.

@@ -1,7 +1,6 @@
 //! Reaches that are unsound, each in one way, and what the suite says of them.
 
 use std::{
-    future::Future,
     io,
     pin::Pin,
     sync::{
@@ -14,7 +13,7 @@ use std::{
 use millstream::{
     Definition, blocking,
     conformance::{Check, Rule, check},
-    reach::{DialError, Dialing, Reach},
+    reach::{DialError, Dialing, Reach, Releasing},
 };
 use millstream_integration_tests::processes;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
@@ -131,9 +130,9 @@ impl Reach for Faulty {
         self.fault != Fault::DeniesToSurvive
     }
 
-    fn release(&self) -> Pin<Box<dyn Future<Output = ()> + Send + '_>> {
+    fn release(&self) -> Releasing<'_> {
         match self.fault {
-            Fault::LeavesItsAgent => Box::pin(async {}),
+            Fault::LeavesItsAgent => Box::pin(async { Vec::new() }),
             Fault::HangsInRelease => Box::pin(std::future::pending()),
             _ => self.guest.release(),
         }

@@ -3,7 +3,6 @@
 
 use std::{
     fs,
-    future::Future,
     io::{BufRead as _, BufReader},
     os::unix::fs::PermissionsExt as _,
     path::PathBuf,
@@ -13,7 +12,7 @@ use std::{
     task::{Context, Poll},
 };
 
-use millstream::reach::{DialError, Dialing, Reach};
+use millstream::reach::{DialError, Dialing, Reach, Releasing};
 use millstream_integration_tests::tools;
 use tempfile::TempDir;
 use tokio::{
@@ -111,10 +110,11 @@ impl Reach for Guest {
         self.survives
     }
 
-    fn release(&self) -> Pin<Box<dyn Future<Output = ()> + Send + '_>> {
+    fn release(&self) -> Releasing<'_> {
         Box::pin(async {
             let agent = lock(&self.state).agent.take();
             tokio::task::spawn_blocking(|| drop(agent)).await.unwrap();
+            Vec::new()
         })
     }
 }
