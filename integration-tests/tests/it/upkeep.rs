@@ -122,8 +122,11 @@ fn a_host_with_a_process_that_cannot_be_killed_is_not_reserved_until_it_is_gone(
     lab.controller()
         .block_on(|| async {
             let streams = open(&lab, "frozen")?;
-            let script =
-                format!("sleep 54321098 &\necho $! >{}/cgroup.procs\necho up\nwait", freezer.group.display());
+            // Frozen before it has become its program, it would still be called as the shell is.
+            let script = format!(
+                "sleep 54321098 &\nuntil grep -q sleep /proc/$!/comm; do :; done\necho $! >{}/cgroup.procs\necho up\nwait",
+                freezer.group.display()
+            );
             let task = streams.get("one")?.run_bg(shell(script).name("icy"));
             task.ready(millstream::Ready::log("up")).await?;
             freezer.set("FROZEN");
