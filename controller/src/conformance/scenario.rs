@@ -250,7 +250,7 @@ pub(super) async fn trees_end(stage: &Stage) -> Result<(), String> {
     let task = act.there(shell(
         "sleep 1000 & echo $!\n\
          (trap '' TERM; while :; do sleep 1; done) & echo $!\n\
-         sh -c '(sleep 1000 & echo $!) &'\n\
+         sh -c '(sleep 1000 & echo $!) & wait'\n\
          echo up; wait",
     ))?;
     ready(&task, "^up$").await?;
