@@ -37,7 +37,8 @@ impl Package {
         }
     }
 
-    /// The version after it: a package of the same program, which calls itself otherwise.
+    /// The version after it: a package of the same program, which calls itself otherwise on its command line. What it says of
+    /// itself over the wire may stay: compilers put short texts into instructions.
     ///
     /// # Panics
     /// When it cannot be made.

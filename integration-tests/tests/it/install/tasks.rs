@@ -37,11 +37,15 @@ impl Installed {
         self.machine.run("dpkg --install /srv/agent.deb 2>&1");
     }
 
-    /// The version of the agent that runs, which must run from the file that is installed.
+    /// The version of the program that the agent runs, which must be the one that is installed.
     fn running_version(&self) -> String {
-        let program = self.machine.run(&format!("readlink /proc/{}/exe", self.agent()));
-        assert_eq!(program, "/usr/bin/millstream-agent\n", "a replaced file would be a deleted one");
-        self.machine.run("millstream-agent status | awk '$1 == \"agent\" { printf $2 }'")
+        let program = format!("/proc/{}/exe", self.agent());
+        let told = self.machine.run(&format!("readlink {program} && {program} --version"));
+        let version = told.strip_prefix("/usr/bin/millstream-agent\nmillstream-agent ");
+        version
+            .unwrap_or_else(|| panic!("a replaced file would be a deleted one: {told}"))
+            .trim_end()
+            .to_owned()
     }
 
     /// The agent's process, once it is ready.
