@@ -235,18 +235,22 @@ impl Loop {
                 let left = self.close_previous().await;
                 return self.closed(left, for_good).await;
             }
-            Err(Break::Connection(why) | Break::Session { why, .. }) => {
-                self.doubt(session);
-                warn!(place = self.reach.describe(), why, "host is not reachable");
-                self.forget_pending();
-                self.report(Report::Lost { why, reason: Reason::Unreachable }).await;
-                return false;
-            }
+            Err(Break::Connection(why)) => return self.not_opened(session, why, Reason::Unreachable).await,
+            Err(Break::Session { why, reason }) => return self.not_opened(session, why, reason).await,
         };
         info!(place = self.reach.describe(), session = %session.id, "session opened");
         self.options.holdings.hold(&self.reach.describe());
         self.report(Report::Opened(Box::new(opened))).await;
         self.keep_session(connection, belief).await
+    }
+
+    /// There is no session, and trying again is useless. The link goes on: another task may find the host as it should be.
+    async fn not_opened(&mut self, session: Session, why: String, reason: Reason) -> bool {
+        self.doubt(session);
+        warn!(place = self.reach.describe(), why, "no session");
+        self.forget_pending();
+        self.report(Report::Lost { why, reason }).await;
+        false
     }
 
     /// Serves a session over as many connections as it takes.

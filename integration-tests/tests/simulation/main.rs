@@ -34,6 +34,10 @@ const REGRESSIONS: &[(&[u64], &str)] = &[
         "what a full disk did not take could not be taken afterwards, and its host was called unreachable",
     ),
     (&[170], "a task that was lost with its supervisor was said to follow another one"),
+    (
+        &[1238],
+        "a supervisor that died while its session was opened was told as a host that cannot be reached",
+    ),
 ];
 
 fn chosen() -> Vec<u64> {

@@ -116,8 +116,10 @@ fn phases(program: &Program) -> impl Iterator<Item = Phase> {
 /// What a task printed and left is here, or it is said that it is not.
 fn results_of(plan: &Plan, outcome: &Outcome, life: &Life) -> Vec<String> {
     let mut complaints = Vec::new();
-    // What its host still had when the session was lost cannot be had any more, and the outcome says so.
-    let is_cut = outcome.results_error.is_some() && plan.may_lose_sessions();
+    // What its host still had when the session was lost cannot be had any more, and the outcome says so; nor what a supervisor
+    // had not written when it died.
+    let is_cut = outcome.results_error.is_some()
+        && (plan.may_lose_sessions() || outcome.reason == Reason::SupervisorDied);
     if let Some(problem) = &outcome.results_error
         && !is_cut
     {
