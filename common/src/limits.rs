@@ -134,6 +134,8 @@ pub const LINE_WAIT: Duration = Duration::from_secs(600);
 pub const LINE_YIELD: Duration = Duration::from_secs(30);
 /// How long a host may take to be reached; waiting in line for it does not count.
 pub const REACH_MAX: Duration = Duration::from_secs(30);
+/// How long an engine may fetch the image of a container; only then begins the time in which the container has to be reached.
+pub const IMAGE_MAX: Duration = Duration::from_secs(600);
 /// First pause before a connection is tried again; doubled each time.
 pub const RECONNECT_PAUSE_MIN: Duration = Duration::from_millis(50);
 /// Longest pause before a connection is tried again.

@@ -106,7 +106,8 @@ impl Container {
         let engine = Engine::new(engine);
         let agent = place.options.get("agent").cloned();
         let idle = place.options.get("idle").cloned();
-        let wanted = Wanted { engine, recipe, label, agent, idle, has_begun: AtomicBool::new(false) };
+        let (has_begun, fetches) = (AtomicBool::new(false), AtomicBool::new(false));
+        let wanted = Wanted { engine, recipe, label, agent, idle, has_begun, fetches };
         Ok(Self {
             kind: place.kind.clone(),
             host,
@@ -160,10 +161,18 @@ impl Container {
             Ok(Ok(made)) => made.map_err(|reason| self.failed(reason, true)),
             // The runtime of the test has ended.
             Ok(Err(_ended)) => Err(self.failed(OVER.to_owned(), true)),
-            Err(_elapsed) => {
-                let reason = "it is still being made: an image that is large is best pulled before the test";
-                Err(self.failed(reason.to_owned(), false))
+            Err(_elapsed) => Err(self.still_making()),
+        }
+    }
+
+    /// Only the fetching of an image may take longer than reaching a place does.
+    fn still_making(&self) -> DialError {
+        match &self.wanted.recipe {
+            Recipe::New { image, .. } if self.wanted.fetches.load(Ordering::Relaxed) => {
+                let reason = format!("the engine is still fetching the image `{image}`");
+                DialError::Pending { reason: self.secrets.hidden_in(reason) }
             }
+            _ => self.failed("the engine is still making the container".to_owned(), false),
         }
     }
 
@@ -244,6 +253,13 @@ impl Reach for Container {
         limits::REACH_MAX
     }
 
+    fn reach_max(&self) -> Duration {
+        match self.wanted.recipe {
+            Recipe::New { .. } => limits::IMAGE_MAX + limits::REACH_MAX,
+            Recipe::Running { .. } => limits::REACH_MAX,
+        }
+    }
+
     fn task_failed(&self) {
         self.failed.store(true, Ordering::Relaxed);
     }
@@ -275,5 +291,71 @@ impl Reach for Container {
             self.children.end().await;
             left.into_iter().map(|what| self.secrets.hidden_in(what)).collect()
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{fs, os::unix::fs::PermissionsExt as _, path::Path};
+
+    use expect_test::{Expect, expect};
+
+    use super::*;
+
+    /// Makes containers once it is let, and then cannot start them. Whether it has the image is decided by a file.
+    const ENGINE: &str = "#!/bin/sh\n\
+        case $1 in\n\
+        image) test -e \"$0.image\" ;;\n\
+        create) touch \"$0.asked\"; until [ -e \"$0.let\" ]; do sleep 0.05; done ;;\n\
+        start) echo 'no space left' >&2; exit 1 ;;\n\
+        esac\n";
+
+    fn beside(engine: &Path, what: &str) -> std::path::PathBuf {
+        engine.with_extension(what)
+    }
+
+    /// What a dial says that has waited for as long as it may while the container is being made.
+    async fn check(has_image: bool, expected: Expect) {
+        let directory = tempfile::tempdir().unwrap();
+        let engine = directory.path().join("engine");
+        fs::write(&engine, ENGINE).unwrap();
+        fs::set_permissions(&engine, fs::Permissions::from_mode(0o755)).unwrap();
+        if has_image {
+            fs::write(beside(&engine, "image"), "").unwrap();
+        }
+        let options = [("image", "x"), ("engine", engine.to_str().unwrap()), ("agent", "/bin/sh")];
+        let place = Place {
+            kind: "podman".to_owned(),
+            options: options.map(|(key, value)| (key.to_owned(), value.to_owned())).into(),
+            ..Place::default()
+        };
+        let container = Arc::new(Container::new(&place).unwrap());
+        let dialling = tokio::spawn({
+            let container = Arc::clone(&container);
+            async move { container.dial().await.err() }
+        });
+        let asked = async {
+            while !beside(&engine, "asked").exists() {
+                tokio::task::yield_now().await;
+            }
+        };
+        timeout(Duration::from_secs(60), asked).await.unwrap();
+        let told = container.still_making();
+        let is_pending = matches!(told, DialError::Pending { .. });
+        expected.assert_eq(&format!("{told}; pending: {is_pending}"));
+        fs::write(beside(&engine, "let"), "").unwrap();
+        let failed = dialling.await.unwrap().unwrap().to_string();
+        assert!(failed.ends_with("no space left"), "{failed}");
+        assert!(container.release().await.is_empty());
+    }
+
+    #[tokio::test]
+    async fn an_image_that_has_to_be_fetched_is_waited_for() {
+        check(false, expect!["the engine is still fetching the image `x`; pending: true"]).await;
+    }
+
+    #[tokio::test]
+    async fn an_engine_that_does_not_answer_has_the_usual_time() {
+        check(true, expect!["the engine is still making the container; pending: false"]).await;
     }
 }

@@ -46,6 +46,8 @@ pub(super) struct Wanted {
     pub(super) idle: Option<String>,
     /// Whether something may have been made.
     pub(super) has_begun: AtomicBool,
+    /// Whether the engine has to fetch the image first, which it is doing.
+    pub(super) fetches: AtomicBool,
 }
 
 impl Wanted {
@@ -68,8 +70,12 @@ impl Wanted {
                 create.extend((*remove == Remove::Always).then(|| "--rm".to_owned()));
                 create.extend_from_slice(options);
                 create.extend(strings([image, "serve", "--idle", self.idle.as_deref().unwrap_or(IDLE)]));
+                let looked_up =
+                    self.engine.run(&strings(["image", "inspect", "--format", "{{.Id}}", image])).await;
+                self.fetches.store(looked_up.is_err(), Ordering::Relaxed);
                 self.has_begun.store(true, Ordering::Relaxed);
                 let created = self.engine.run(&create).await;
+                self.fetches.store(false, Ordering::Relaxed);
                 // What an engine refuses to make is not there; of what was interrupted nobody knows.
                 self.has_begun.store(created.is_ok(), Ordering::Relaxed);
                 created?;
