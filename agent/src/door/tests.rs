@@ -583,20 +583,3 @@ async fn shipped_files_make_room_for_others_unless_an_open_session_needs_them() 
     assert!(first.close().await.is_empty());
     agent.end().await;
 }
-
-#[tokio::test]
-async fn a_reserved_host_is_waited_for_and_given_on() {
-    let state = tempfile::tempdir().unwrap();
-    let agent = Agent::start(state.path(), true).await;
-    let mut first = agent.controller().await;
-    first.open(v1::OpenSessionRequest { exclusive: true, ..opening() }).await;
-    let mut second = agent.controller().await;
-    let waiting = async {
-        second.open(opening()).await;
-        second.close().await
-    };
-    let closing = async { first.close().await };
-    let (waited, closed) = tokio::join!(waiting, closing);
-    assert!(waited.is_empty() && closed.is_empty());
-    agent.end().await;
-}
