@@ -11,7 +11,7 @@ use std::{
 use millstream_common::pipe::BoxedPipe;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-use crate::reach::{Dialing, Reach, Releasing};
+use crate::reach::{Dialing, Entrusted, Reach, Releasing};
 
 /// Passes everything on to the reach that is examined, but for its release, which the suite does itself.
 #[derive(Debug)]
@@ -184,6 +184,10 @@ impl Reach for Cuttable {
 
     fn knows_host(&self) -> bool {
         self.inner.knows_host()
+    }
+
+    fn entrust<'a>(&'a self, session: &'a Entrusted) -> Pin<Box<dyn Future<Output = ()> + Send + 'a>> {
+        self.inner.entrust(session)
     }
 
     fn renew(&self) {
